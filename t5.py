@@ -1,0 +1,750 @@
+"""T5 (Raffel et al., 2020), the underlying model of HINT, in torch alone.
+
+A plain encoder-decoder, with two places in every layer where weights that are made for one example can be
+put: a *prefix*, keys and values that stand before those of the real tokens, and an *adapter* parallel to the
+feed-forward layer. This file knows nothing of the network that writes them.
+
+Axes: B batch, S source, T target, d model, f feed-forward, h heads, k per head, I = h*k, r bottleneck,
+P prefix, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import zipfile
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+PAD, EOS, START = 0, 1, 0  # T5 starts its answers with the padding id
+MASKED = -1e9  # added to the score of a key that must not be seen: finite, so that no row of scores is all -inf
+Z_LOSS = 1e-4  # weight of (log Z)^2 in the loss of the authors' training
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, its config or its weights cannot be read; the message is one sentence for the user."""
+
+
+# --------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Shape of a T5. The names are those of the `config.json` of public checkpoints; defaults: T5 v1.1 small."""
+
+    vocab_size: int = 32128  # 32,000 pieces, 100 extra ids, 28 unused rows (a multiple of 128)
+    d_model: int = 512
+    d_kv: int = 64  # k; T5-3B has h*k = 4096 with d = 1024, so k is never d/h
+    d_ff: int = 1024
+    num_layers: int = 8  # encoder layers
+    num_decoder_layers: int = 8
+    num_heads: int = 6
+    feed_forward_proj: str = "gated-gelu"  # v1.1 and all that came of it; v1.0: "relu"
+    tie_word_embeddings: bool = False  # v1.0: the head is the embedding
+    scale_decoder_outputs: bool = False  # v1.0: states * d^-0.5 before the head
+    dropout_rate: float = 0.1  # embeddings, attention weights, hidden units, sublayers and final states
+    layer_norm_epsilon: float = 1e-6
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128  # beyond it all distances share a bucket
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _check_field(field.name, field.type, getattr(self, field.name))
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise CheckpointError(f"feed_forward_proj {self.feed_forward_proj!r} is not one of relu, gated-gelu")
+        if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 4:
+            raise CheckpointError("relative_attention_num_buckets must be a multiple of 4")
+        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
+            raise CheckpointError("relative_attention_max_distance must exceed half the number of buckets")
+
+    @classmethod
+    def from_json(cls, found: dict) -> T5Config:
+        """Read what transformers 4 (the hub) or transformers 5 wrote. Raises CheckpointError.
+
+        Transformers 5 says `tie_word_embeddings: true` of every T5 and tells by `scale_decoder_outputs` whether
+        the states are scaled; earlier versions scaled whenever the embeddings were tied.
+        """
+        known = {field.name: found[field.name] for field in fields(cls) if found.get(field.name) is not None}
+        absent = {name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in known}
+        if absent:
+            raise CheckpointError(f"lacks {', '.join(sorted(absent))}")
+        tied = found.get("tie_word_embeddings", True)
+        as_old_files_mean = {  # what a file of T5 v1.0 leaves out
+            "feed_forward_proj": "relu",
+            "num_decoder_layers": known["num_layers"],
+            "tie_word_embeddings": tied,
+            "scale_decoder_outputs": tied,
+        }
+        return cls(**{**as_old_files_mean, **known})
+
+
+def _check_field(name: str, kind: str, value: object) -> None:
+    """A number out of a file may be of any type and size; the bounds are far beyond every T5 there is."""
+    if kind == "int" and not (type(value) is int and 1 <= value <= 10**7):
+        raise CheckpointError(f"{name} must be a whole number from 1 to 10,000,000, not {value!r:.40}")
+    if name in ("num_layers", "num_decoder_layers", "num_heads") and value > 1024:
+        raise CheckpointError(f"{name} must be at most 1,024, not {value}")
+    if kind == "float" and not (type(value) in (int, float) and 0 <= value < 1):
+        raise CheckpointError(f"{name} must be at least 0 and below 1, not {value!r:.40}")
+    if kind == "bool" and type(value) is not bool:
+        raise CheckpointError(f"{name} must be true or false, not {value!r:.40}")
+
+
+SIZES = {  # T5 v1.1 and LM-adapt as published (3.0 billion parameters are called xl, 11 billion xxl), and one for a CPU
+    "tiny": T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=4),
+    "small": T5Config(),
+    "base": T5Config(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12),
+    "large": T5Config(d_model=1024, d_ff=2816, num_layers=24, num_decoder_layers=24, num_heads=16),
+    "xl": T5Config(d_model=2048, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32),
+    "xxl": T5Config(d_model=4096, d_ff=10240, num_layers=24, num_decoder_layers=24, num_heads=64),
+}
+
+
+# ------------------------------------------------------------------------ weights made for one example
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one attention, [B, h, S, k] each. A prefix is such a pair that no token wrote."""
+
+    key: Tensor
+    value: Tensor
+
+    def after(self, prefix: KeyValue | None) -> KeyValue:
+        """These behind a prefix [B or 1, h, P, k], in time and after projection (HINT, section 3.1.1)."""
+        if prefix is None:
+            return self
+        batch = self.key.shape[0]
+        return KeyValue(*(torch.cat([p.expand(batch, -1, -1, -1).type_as(x), x], dim=2) for p, x in zip(prefix, self)))
+
+
+class Adapter(NamedTuple):
+    """A bottleneck beside the feed-forward layer, HINT equation (1): W_up gelu(W_down u + b_down) + b_up."""
+
+    down: Tensor  # [B or 1, d, r]
+    down_bias: Tensor  # [B or 1, 1, r]
+    up: Tensor  # [B or 1, r, d]
+    up_bias: Tensor  # [B or 1, 1, d]
+
+    def __call__(self, u: Tensor) -> Tensor:  # [B, S, d]
+        hidden = F.gelu(u @ self.down + self.down_bias, approximate="tanh")  # [B, S, r]
+        return hidden @ self.up + self.up_bias  # [B, S, d]
+
+
+class LayerModules(NamedTuple):
+    """What one layer is given. Every part may be absent."""
+
+    adapter: Adapter | None = None
+    prefix: KeyValue | None = None  # of the self-attention
+    cross_prefix: KeyValue | None = None  # of the cross-attention, decoder only
+
+
+class Modules(NamedTuple):
+    """What a whole T5 is given: a LayerModules for each layer of the encoder and of the decoder."""
+
+    encoder: tuple[LayerModules, ...]
+    decoder: tuple[LayerModules, ...]
+
+    @classmethod
+    def none(cls, config: T5Config) -> Modules:
+        """Plain T5."""
+        return cls((LayerModules(),) * config.num_layers, (LayerModules(),) * config.num_decoder_layers)
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+
+class RMSNorm(nn.Module):
+    """x / RMS(x) * weight, without mean or bias; the statistics are taken in fp32. [..., d] -> [..., d]"""
+
+    def __init__(self, d_model: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.float().square().mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(mean_square + self.epsilon)).type_as(x)
+
+
+def relative_position_bucket(relative_position: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Bucket of each (key position - query position): exact when near, logarithmic when far, one beyond
+    `max_distance` (Raffel et al., 2020, section 2.1). Any shape of integers -> the same shape in [0, num_buckets).
+
+    The encoder spends half of its buckets on keys after the query; the decoder has no such keys.
+    """
+    if bidirectional:
+        num_buckets //= 2
+        offset = (relative_position > 0) * num_buckets
+        distance = relative_position.abs()
+    else:
+        offset = 0
+        distance = (-relative_position).clamp(min=0)
+    exact = num_buckets // 2
+    logarithm = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (logarithm * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return offset + torch.where(distance < exact, distance, far)
+
+
+class RelativeBias(nn.Module):
+    """The bias that a stack adds to all its self-attention scores: one table, shared by the layers."""
+
+    def __init__(self, config: T5Config, bidirectional: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.relative_attention_num_buckets, config.num_heads))
+        self.bidirectional = bidirectional
+        self.max_distance = config.relative_attention_max_distance
+
+    def forward(self, queries: int, keys: int, first_query: int = 0) -> Tensor:
+        """[1, h, queries, keys], where query i stands at position first_query + i."""
+        # The logarithm is taken on the CPU: where it meets a whole number, another device may round it down.
+        lowest = 1 - first_query - queries
+        relative = torch.arange(lowest, keys - first_query, device="cpu")  # every key position - query position
+        buckets = relative_position_bucket(relative, self.bidirectional, self.weight.shape[0], self.max_distance)
+        bias = self.weight[buckets.to(self.weight.device)].T  # [h, queries + keys - 1]
+        positions = torch.arange(first_query, first_query + queries, device=bias.device)
+        index = torch.arange(keys, device=bias.device) - positions[:, None] - lowest  # [queries, keys]
+        return bias[:, index].unsqueeze(0)
+
+
+def padding_bias(attention_mask: Tensor) -> Tensor:
+    """Scores to add for a mask [B, S] of ones (seen) and zeros (padding): [B, 1, 1, S]."""
+    return (attention_mask == 0)[:, None, None, :] * MASKED
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
+    """Attention as T5 has it: scores are not divided by sqrt(k), the softmax is taken in fp32.
+
+    query [B, h, T, k], key and value [B, h, S, k], bias broadcastable to [B, h, T, S] -> [B, h, T, k]
+    """
+    scores = query @ key.transpose(-1, -2) + bias  # [B, h, T, S]
+    weights = scores.float().softmax(dim=-1).type_as(value)
+    return dropout(weights) @ value
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; d -> I -> d, with I = h*k of its own, whatever d is."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.heads = config.num_heads
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def split(self, x: Tensor) -> Tensor:
+        """[B, S, I] -> [B, h, S, k]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def project(self, states: Tensor) -> KeyValue:
+        """Keys and values of the states [B, S, d]."""
+        return KeyValue(self.split(self.k(states)), self.split(self.v(states)))
+
+    def forward(self, x: Tensor, source: KeyValue, bias: Tensor) -> Tensor:
+        """x [B, T, d] asks, the source answers -> [B, T, d]"""
+        mixed = attend(self.split(self.q(x)), source.key, source.value, bias, self.dropout)  # [B, h, T, k]
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """v1.1: W_o (gelu(W_0 x) * W_1 x); v1.0: W_o relu(W_i x). No biases. [B, S, d] -> [B, S, d]"""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            setattr(self, name, nn.Linear(config.d_model, config.d_ff, bias=False))
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.gated else F.relu(self.wi(x))
+        return self.wo(self.dropout(hidden))
+
+
+class LayerCache:
+    """What one decoder layer keeps from step to step: its keys and values so far, and those of the source."""
+
+    def __init__(self, own: KeyValue, prefix: KeyValue | None, source: KeyValue) -> None:
+        """`own`: room for all tokens to come; a prefix takes the first P places, so real positions do not shift."""
+        self.own, self.source, self.filled = own, source, 0
+        if prefix is not None:
+            self.extend(prefix)
+
+    def extend(self, new: KeyValue) -> KeyValue:
+        """Add the keys and values of new tokens [B or 1, h, T, k]; all that there are now [B, h, filled, k]."""
+        end = self.filled + new.key.shape[2]
+        for room, x in zip(self.own, new):
+            room[:, :, self.filled : end] = x
+        self.filled = end
+        return KeyValue(*(room[:, :, :end] for room in self.own))
+
+
+class Block(nn.Module):
+    """One layer: x + f(norm(x)) for self-attention, cross-attention (in a decoder) and feed-forward."""
+
+    def __init__(self, config: T5Config, is_decoder: bool) -> None:
+        super().__init__()
+        self.self_attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.self_attention = Attention(config)
+        if is_decoder:
+            self.cross_attention_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+            self.cross_attention = Attention(config)
+        self.feed_forward_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(
+        self, x: Tensor, bias: Tensor, modules: LayerModules,
+        memory: Tensor | None = None, memory_bias: Tensor | None = None, cache: LayerCache | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, S, d] -> [B, S, d]. A decoder layer also reads `memory` [B, S, d], or the cache that was made of it."""
+        u = self.self_attention_norm(x)
+        own = self.self_attention.project(u)
+        own = cache.extend(own) if cache else own.after(modules.prefix)
+        x = x + self.dropout(self.self_attention(u, own, bias))
+        if memory_bias is not None:
+            source = cache.source if cache else self.project_memory(memory, modules)
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), source, memory_bias))
+        u = self.feed_forward_norm(x)
+        x = x + self.dropout(self.feed_forward(u))
+        return x if modules.adapter is None else x + modules.adapter(u)
+
+    def project_memory(self, memory: Tensor, modules: LayerModules) -> KeyValue:
+        """The keys and values that the cross-attention reads, [B, h, P + S, k]."""
+        return self.cross_attention.project(memory).after(modules.cross_prefix)
+
+
+class Stack(nn.Module):
+    """Encoder or decoder: blocks, one relative bias for all of them, a final norm."""
+
+    def __init__(self, config: T5Config, is_decoder: bool) -> None:
+        super().__init__()
+        layers = config.num_decoder_layers if is_decoder else config.num_layers
+        self.relative_bias = RelativeBias(config, bidirectional=not is_decoder)
+        self.blocks = nn.ModuleList(Block(config, is_decoder) for _ in range(layers))
+        self.final_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.dropout = nn.Dropout(config.dropout_rate)
+        self.gradient_checkpointing = False  # recompute a block in the backward pass instead of keeping its insides
+
+    def forward(
+        self, x: Tensor, bias: Tensor, layers: tuple[LayerModules, ...],
+        memory: Tensor | None = None, memory_bias: Tensor | None = None, caches: Iterable[LayerCache | None] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Embeddings [B, S, d] -> states [B, S, d]; `bias` and `memory_bias` are for real tokens alone."""
+        bias = _past_prefix(bias, layers[0].prefix)
+        memory_bias = None if memory_bias is None else _past_prefix(memory_bias, layers[0].cross_prefix)
+        x = self.dropout(x)
+        for block, modules, cache in zip(self.blocks, layers, caches or [None] * len(layers), strict=True):
+            inputs = (x, bias, modules, memory, memory_bias, cache)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
+        return self.dropout(self.final_norm(x))
+
+
+def _past_prefix(bias: Tensor, prefix: KeyValue | None) -> Tensor:
+    """Prefixes are always visible and have no position: a bias of exactly zero on P more columns to the left."""
+    return bias if prefix is None else F.pad(bias, (prefix.key.shape[2], 0))
+
+
+class T5(nn.Module):
+    """The encoder-decoder. Ids are padded with 0; where no `attention_mask` is given, id 0 is padding."""
+
+    def __init__(self, config: T5Config) -> None:
+        """Fresh weights, drawn as T5's were; `from_pretrained` loads published ones."""
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = Stack(config, is_decoder=False)
+        self.decoder = Stack(config, is_decoder=True)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Fan-in scaling; W_q also takes the 1/sqrt(k) that T5's scores lack."""
+        if isinstance(module, Attention):
+            nn.init.normal_(module.q.weight, std=(self.config.d_model * self.config.d_kv) ** -0.5)
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0)
+        elif isinstance(module, RelativeBias):
+            nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, modules: Modules | None = None) -> Tensor:
+        """Input ids [B, S] -> states [B, S, d], after the final norm."""
+        mask = padding_mask(input_ids) if attention_mask is None else attention_mask
+        modules = modules or Modules.none(self.config)
+        length = input_ids.shape[1]
+        bias = self.encoder.relative_bias(length, length) + padding_bias(mask)  # [B, h, S, S]
+        return self.encoder(self.shared(input_ids), bias, modules.encoder)
+
+    def decode(self, decoder_input_ids: Tensor, memory: Tensor, memory_mask: Tensor, modules: Modules | None = None) -> Tensor:
+        """Decoder ids [B, T], encoder states [B, S, d] and their mask [B, S] -> logits [B, T, V]."""
+        modules = modules or Modules.none(self.config)
+        length = decoder_input_ids.shape[1]
+        future = torch.ones(length, length, device=memory.device).triu(1) * MASKED
+        bias = self.decoder.relative_bias(length, length) + future  # [1, h, T, T]
+        x = self.shared(decoder_input_ids)
+        return self.logits(self.decoder(x, bias, modules.decoder, memory, padding_bias(memory_mask)))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Decoder states [B, T, d] -> scores of the next token [B, T, V]."""
+        if self.config.scale_decoder_outputs:
+            states = states * self.config.d_model**-0.5
+        return F.linear(states, self.shared.weight if self.lm_head is None else self.lm_head.weight)
+
+    def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Input ids [B, S], decoder ids [B, T] (the labels shifted right) -> logits [B, T, V]."""
+        mask = padding_mask(input_ids) if attention_mask is None else attention_mask
+        return self.decode(decoder_input_ids, self.encode(input_ids, mask), mask)
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128) -> Tensor:
+        """Greedy answers [B, <= max_new_tokens] without the start token; `</s>`, then padding at the end."""
+        mask = padding_mask(input_ids) if attention_mask is None else attention_mask
+        return self.decode_greedily(self.encode(input_ids, mask), mask, None, max_new_tokens)
+
+    @torch.inference_mode()
+    def decode_greedily(self, memory: Tensor, memory_mask: Tensor, modules: Modules | None, max_new_tokens: int) -> Tensor:
+        """The most probable next token, again and again, until every row has ended: [B, <= max_new_tokens]."""
+        modules = modules or Modules.none(self.config)
+        caches = self._caches(memory, modules, max_new_tokens)
+        memory_bias = padding_bias(memory_mask)
+        token = torch.full((len(memory), 1), START, device=memory.device)
+        ended = torch.zeros_like(token, dtype=torch.bool)
+        answer = [token[:, :0]]
+        for position in range(max_new_tokens):
+            bias = self.decoder.relative_bias(1, position + 1, first_query=position)
+            states = self.decoder(self.shared(token), bias, modules.decoder, None, memory_bias, caches)
+            token = self.logits(states).argmax(-1).masked_fill(ended, PAD)  # [B, 1]
+            answer.append(token)
+            ended = ended | (token == EOS)
+            if ended.all():
+                break
+        return torch.cat(answer, dim=1)
+
+    def _caches(self, memory: Tensor, modules: Modules, max_new_tokens: int) -> list[LayerCache]:
+        """One cache a layer. Keys and values of the source are computed here, once for the whole answer."""
+        caches = []
+        for block, layer in zip(self.decoder.blocks, modules.decoder):
+            source = block.project_memory(memory, layer)
+            batch, heads, _, width = source.key.shape
+            room = max_new_tokens + (0 if layer.prefix is None else layer.prefix.key.shape[2])
+            own = KeyValue(*(source.key.new_empty(batch, heads, room, width) for _ in range(2)))
+            caches.append(LayerCache(own, layer.prefix, source))
+        return caches
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Trade a second forward pass of each block for the memory of its insides; the gradient is the same."""
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir: str | os.PathLike) -> T5:
+        """A T5 of the hub, by its public name or from a folder, in fp32 and eval mode.
+
+        Reads T5 v1.0, v1.1, LM-adapt, Flan-T5, T0 and Tk-Instruct as transformers 4 or 5 wrote them. Every
+        tensor of the checkpoint is used exactly once, or CheckpointError names it.
+        """
+        config = read_config(name_or_dir, T5Config.from_json)
+        tensors = _without_aliases(read_weights(name_or_dir), config.tie_word_embeddings)
+        config = replace(config, tie_word_embeddings="lm_head.weight" not in tensors)
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, tensors, public_name, source=name_or_dir)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None) -> None:
+        """Write `config.json` (with `notes` added) and `model.safetensors` (with `metadata` in its header).
+
+        Tensors go under their public names, so that transformers reads the folder too.
+        """
+        kind = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": START}
+        tensors = {public_name(name): parameter for name, parameter in self.named_parameters()}
+        save_folder(folder, {**kind, **asdict(self.config), **(notes or {})}, tensors, metadata or {})
+
+
+def padding_mask(ids: Tensor) -> Tensor:
+    """One where there is a token, zero where there is padding, for ids [B, S]."""
+    return (ids != PAD).long()
+
+
+def shift_right(labels: Tensor) -> Tensor:
+    """Decoder input of labels [B, T]: the start token first, padding (-100) as 0."""
+    return F.pad(labels[:, :-1], (1, 0), value=START).clamp(min=PAD)
+
+
+class Loss(NamedTuple):
+    """Sums over the target tokens, so that parts of a batch can be added up and every token weighs the same."""
+
+    loss: Tensor  # mean cross-entropy of a target token, in nats
+    cross_entropy: Tensor  # its sum
+    z_loss: Tensor  # sum of (log Z)^2, which keeps the logits from drifting
+    tokens: Tensor  # how many target tokens there are
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Loss:
+    """Loss of logits [B, T, V] against labels [B, T], where -100 is padding; in fp32."""
+    seen = labels != -100
+    logits = logits[seen].float()  # [tokens, V]
+    log_z = logits.logsumexp(-1)
+    chosen = logits.gather(-1, labels[seen].unsqueeze(-1)).squeeze(-1)
+    cross_entropy, tokens = (log_z - chosen).sum(), seen.sum()
+    return Loss(cross_entropy / tokens.clamp(min=1), cross_entropy, log_z.square().sum(), tokens)
+
+
+# ------------------------------------------------------------------------ reading and writing checkpoints
+
+_RENAMES = (  # name in this file -> name in public checkpoints
+    (r"^(encoder|decoder)\.relative_bias\.weight", r"\1.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    (r"^(encoder|decoder)\.final_norm", r"\1.final_layer_norm"),
+    (r"\.self_attention_norm", ".layer.0.layer_norm"),
+    (r"\.self_attention", ".layer.0.SelfAttention"),
+    (r"\.cross_attention_norm", ".layer.1.layer_norm"),
+    (r"\.cross_attention", ".layer.1.EncDecAttention"),
+    (r"^(encoder.*)\.feed_forward_norm", r"\1.layer.1.layer_norm"),
+    (r"^(encoder.*)\.feed_forward", r"\1.layer.1.DenseReluDense"),
+    (r"^(decoder.*)\.feed_forward_norm", r"\1.layer.2.layer_norm"),
+    (r"^(decoder.*)\.feed_forward", r"\1.layer.2.DenseReluDense"),
+    (r"\.blocks\.", ".block."),
+)
+_EMBEDDING_ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in old files; no T5 reads it
+
+
+def public_name(name: str) -> str:
+    """The name that public checkpoints give to a parameter of this file."""
+    for pattern, public in _RENAMES:
+        name = re.sub(pattern, public, name)
+    return name
+
+
+def _without_aliases(tensors: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
+    """Drop the second names that files give to the embedding, once they are seen to be equal to it."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name != _UNUSED}
+    shared = tensors.get("shared.weight")
+    for name in (*_EMBEDDING_ALIASES, "lm_head.weight") if tied else _EMBEDDING_ALIASES:
+        if name in tensors and shared is not None and torch.equal(tensors[name], shared):
+            del tensors[name]
+    return tensors
+
+
+def fill(model: nn.Module, tensors: dict[str, Tensor], name_in_file: Callable[[str], str], source: object) -> None:
+    """Give each parameter of a model on the meta device its tensor, in fp32. Raises CheckpointError."""
+    expected = {name_in_file(name): (name, parameter.shape) for name, parameter in model.named_parameters()}
+    missing, left_over = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    misshapen = {
+        f"{name} {list(tensors[name].shape)}, which should be {list(shape)}"
+        for name, (_, shape) in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    }
+    for names, complaint in (
+        (missing, "the checkpoint lacks"),
+        (left_over, "the checkpoint holds what this model has no place for:"),
+        (misshapen, "the checkpoint and its config differ in"),
+    ):
+        if names:
+            raise CheckpointError(f"{source}: {complaint} {_few(names)}")
+    for name, (own_name, _) in expected.items():
+        owner, _, leaf = own_name.rpartition(".")
+        if not tensors[name].is_floating_point():
+            raise CheckpointError(f"{source}: {name} does not hold floating-point numbers")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensors[name].to(torch.float32, copy=True)))
+
+
+def _few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def fetch(name_or_dir: str | os.PathLike, filename: str) -> Path | None:
+    """A file of a folder, or of a repository of the hub (downloaded alone, and kept); None where there is none."""
+    if os.path.isdir(name_or_dir):
+        path = Path(name_or_dir, filename)
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(name_or_dir), filename))
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # no such repository, no access, no network, not a name
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{name_or_dir}: neither a folder nor a repository that can be read ({reason})") from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object out of a file. Raises CheckpointError."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error!s:.80})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: is JSON, but not an object")
+    return found
+
+
+def read_config(name_or_dir: str | os.PathLike, parse: Callable[[dict], object]):
+    """What `parse` makes of the `config.json` of a folder or repository; its CheckpointError gets the file's name."""
+    path = fetch(name_or_dir, "config.json")
+    if path is None:
+        raise CheckpointError(f"{name_or_dir}: no config.json there (neither a checkpoint's folder nor a public name in reach)")
+    found = read_json(path)
+    try:
+        return parse(found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_weights(name_or_dir: str | os.PathLike) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, mapped from disk where the format allows. Raises CheckpointError.
+
+    Of the forms that a repository may hold, the first of these is read and no other is fetched.
+    """
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        if path := fetch(name_or_dir, name):
+            return read(path)
+        if index := fetch(name_or_dir, f"{name}.index.json"):
+            return _read_shards(name_or_dir, index, read)
+    raise CheckpointError(f"{name_or_dir}: no model.safetensors and no pytorch_model.bin there")
+
+
+def _read_shards(name_or_dir: str | os.PathLike, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+        raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(places.values())):
+        path = fetch(name_or_dir, shard) if shard == Path(shard).name else None
+        if path is None:
+            raise CheckpointError(f"{index}: names the shard {shard!r:.80}, which is not there")
+        found = read(path)
+        if twice := found.keys() & tensors.keys():
+            raise CheckpointError(f"{path}: holds {_few(twice)}, which another shard holds too")
+        tensors.update(found)
+    if astray := places.keys() ^ tensors.keys():
+        raise CheckpointError(f"{index}: the index and its shards differ in {_few(astray)}")
+    return tensors
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `pytorch_model.bin`. `weights_only` refuses a pickle that wants to run anything."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: is not a file of plain tensors that torch.load can read ({reason:.120})") from None
+    if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
+        raise CheckpointError(f"{path}: is not a dictionary of tensors")
+    return found
+
+
+_SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LONGEST_HEADER = 100_000_000  # the limit that the format's own library sets
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, mapped from disk: 8 bytes of length, a JSON header, raw data. Raises CheckpointError."""
+    header, body = _open_safetensors(path)
+    header.pop("__metadata__", None)
+    try:
+        placed = {name: _placed(entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: has a header that is no safetensors header ({error!s:.80})") from None
+    end = 0
+    for begin, next_end, _, _ in sorted(placed.values(), key=lambda place: place[:2]):
+        if begin != end:
+            raise CheckpointError(f"{path}: tensors overlap or leave a gap at byte {end}")
+        end = next_end
+    if end != len(body):
+        raise CheckpointError(f"{path}: holds {len(body):,} bytes of tensors where its header promises {end:,}")
+    return {
+        name: torch.from_numpy(body[begin:end]).view(dtype).reshape(shape)
+        for name, (begin, end, dtype, shape) in placed.items()
+    }  # fmt: skip
+
+
+def read_metadata(path: Path) -> dict:
+    """The `__metadata__` of a safetensors file. Raises CheckpointError."""
+    metadata = _open_safetensors(path)[0].get("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _open_safetensors(path: Path) -> tuple[dict, np.ndarray]:
+    """The header of a safetensors file and, mapped from disk, the bytes behind it."""
+    try:
+        data = np.memmap(path, dtype=np.uint8, mode="c") if path.stat().st_size else np.zeros(0, np.uint8)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or length > min(len(data) - 8, _LONGEST_HEADER):
+        raise CheckpointError(f"{path}: is cut short, or no safetensors file")
+    try:
+        header = json.loads(data[8 : 8 + length].tobytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: has a header that is not JSON ({error!s:.80})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: has a header that is not a JSON object")
+    return header, data[8 + length :]
+
+
+def _placed(entry: dict) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+    """Begin, end, type and shape of one tensor of a safetensors header. Raises ValueError, KeyError, TypeError."""
+    dtype, shape, (begin, end) = _SAFETENSORS_TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise ValueError("a size that is no whole number")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError("a shape that does not fit its bytes")
+    return begin, end, dtype, shape
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors in the safetensors format; no half-written file ever bears the name `path`."""
+    names = {dtype: name for name, dtype in _SAFETENSORS_TYPES.items()}
+    header, end = {"__metadata__": {"format": "pt", **metadata}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that every tensor begins at a multiple of 8 bytes
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once it is whole and on disk; until then `path` is untouched."""
+    beside = path.with_name(path.name + ".partial")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_folder(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """`config.json` and `model.safetensors`, the form of every model that this project writes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", tensors, metadata)
+    with replacing(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
