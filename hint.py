@@ -1,0 +1,202 @@
+"""HINT (Ivison et al., ACL 2023): read a task's instruction once, then answer every input without it.
+
+    instruction --> T5 encoder, plain --> states --> ColumnGenerator --> adapters and prefixes
+                                            |                                    |
+          input --> T5 encoder with them ---+--> [instruction states ; input states] --> T5 decoder with them --> answer
+
+Axes: B examples, U distinct instructions, Li instruction tokens, S input tokens, T target tokens, d model.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hypernet import ColumnGenerator
+from t5 import (
+    T5, Adapter, CheckpointError, KeyValue, LayerModules, Loss, Modules, T5Config, fill, padding_mask,
+    read_config, read_weights, replacing, save_folder, shift_right, token_loss,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HINTConfig:
+    """Sizes of what is generated (section 4, after He et al., 2022); one pair of values for all sizes of T5."""
+
+    bottleneck: int = 512  # r, hidden width of each adapter
+    prefix_length: int = 30  # P, generated keys and values of each attention
+    generator_dropout: float = 0.1  # in the generating networks; the authors' code has 0.1 whatever T5 has
+
+    def __post_init__(self) -> None:
+        for name in ("bottleneck", "prefix_length"):
+            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 10**5:
+                raise CheckpointError(f"{name} must be a whole number from 1 to 100,000, not {getattr(self, name)!r:.40}")
+        if type(self.generator_dropout) not in (int, float) or not 0 <= self.generator_dropout < 1:
+            raise CheckpointError(f"generator_dropout must be at least 0 and below 1, not {self.generator_dropout!r:.40}")
+
+
+class EncodedTask(NamedTuple):
+    """All that is kept of an instruction. One task (B = 1) serves any number of inputs; B tasks serve B inputs."""
+
+    modules: Modules  # the generated weights
+    states: Tensor  # the encoded instruction [B, Li, d], for instruction fusion
+    attention_mask: Tensor  # [B, Li]
+
+    def rows(self, index: Tensor) -> EncodedTask:
+        """The tasks at `index` [B], where one task may stand several times."""
+        return _map(lambda tensor: tensor.index_select(0, index), self)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Keep the task; with the model that encoded it, its instruction is never needed again."""
+        with replacing(Path(path)) as file:
+            torch.save(_map(torch.Tensor.detach, self), file)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> EncodedTask:
+        """Read a kept task. Nothing in the file is executed. Raises CheckpointError."""
+        try:
+            with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, Adapter, KeyValue]):
+                task = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(f"{path}: is not an encoded task ({str(error).strip().partition(chr(10))[0]:.120})") from None
+        if not isinstance(task, EncodedTask):
+            raise CheckpointError(f"{path}: is not an encoded task")
+        return task
+
+
+def _map(function: Callable[[Tensor], Tensor], tree):
+    """Apply a function to every tensor of nested tuples; None stays None."""
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        return function(tree)
+    items = [_map(function, item) for item in tree]
+    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+
+
+class HINT(nn.Module):
+    """The paper's model: T5, whose encoder is also the hyperencoder, and the generator of its modules.
+
+    Ids are padded with 0, labels with -100. Where no attention mask is given, id 0 is padding.
+    """
+
+    def __init__(self, t5: T5, config: HINTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.t5 = t5
+        self.hypernetwork = ColumnGenerator(t5.config, config.bottleneck, config.prefix_length, config.generator_dropout)
+
+    def encode_instruction(self, instruction_ids: Tensor, attention_mask: Tensor | None = None) -> EncodedTask:
+        """Read instructions [B, Li], once: hyperencoder and generator (section 3.1).
+
+        The hyperencoder is T5's own encoder with no modules inserted. The authors' code lets it attend to padding,
+        so that a task depends on the padded length; here padding is masked.
+        """
+        mask = padding_mask(instruction_ids) if attention_mask is None else attention_mask
+        states = self.t5.encode(instruction_ids, mask)
+        return EncodedTask(self.hypernetwork(states, mask), states, mask)
+
+    def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
+        """Instructions [B, Li], inputs [B, S] and labels [B, T] of a mixed-task batch -> its loss (section 3.3).
+
+        Each distinct instruction is encoded once and its modules serve all examples that have it: the gradient
+        is that of encoding it for each of them, the work is less.
+        """
+        distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)  # [U, Li], [B]
+        task = self.encode_instruction(distinct).rows(example_of)
+        memory, mask = self._fuse(task, input_ids, padding_mask(input_ids))
+        return token_loss(self.t5.decode(shift_right(labels), memory, mask, task.modules), labels)
+
+    def _fuse(self, task: EncodedTask, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Instruction fusion: the decoder's source is [instruction states ; input states] (section 3.1).
+
+        Inputs [B, S] -> states [B, Li + S, d] and their mask [B, Li + S]. Cross-attention has no position bias,
+        so the order of the two means nothing.
+        """
+        states = self.t5.encode(input_ids, attention_mask, task.modules)
+        batch = len(input_ids)
+        memory = torch.cat([task.states.expand(batch, -1, -1), states], dim=1)
+        return memory, torch.cat([task.attention_mask.expand(batch, -1), attention_mask], dim=1)
+
+    @torch.inference_mode()
+    def generate(
+        self, task: EncodedTask, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128
+    ) -> Tensor:
+        """Greedy answers [B, <= max_new_tokens] to inputs [B, S] of an encoded task: `</s>`, then padding at the end.
+
+        The authors decode with a beam search of one beam, which can also end on an `</s>` that ranks second.
+        """
+        mask = padding_mask(input_ids) if attention_mask is None else attention_mask
+        memory, memory_mask = self._fuse(task, input_ids, mask)
+        return self.t5.decode_greedily(memory, memory_mask, task.modules, max_new_tokens)
+
+    @classmethod
+    def from_t5(cls, name_or_dir: str | os.PathLike, config: HINTConfig | None = None) -> HINT:
+        """A public T5 with a new hypernetwork, in eval mode. Raises CheckpointError."""
+        return cls(T5.from_pretrained(name_or_dir), config or HINTConfig()).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None) -> None:
+        """Write `config.json` (with `notes` added) and `model.safetensors`: all that `from_pretrained` needs."""
+        config = {"model_type": "hint", **asdict(self.config), "t5": asdict(self.t5.config), **(notes or {})}
+        save_folder(folder, config, dict(self.named_parameters()), metadata or {})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> HINT:
+        """Read what `save_pretrained` wrote, in eval mode. Raises CheckpointError."""
+        t5_config, config = read_config(folder, _hint_configs)
+        with torch.device("meta"):
+            model = cls(T5(t5_config), config)
+        fill(model, read_weights(folder), str, source=folder)
+        return model.eval()
+
+
+def _hint_configs(found: dict) -> tuple[T5Config, HINTConfig]:
+    """The two parts of a HINT model's `config.json`."""
+    if found.get("model_type") != "hint" or not isinstance(found.get("t5"), dict):
+        raise CheckpointError("is not of a HINT model (model_type is not 'hint')")
+    known = {field.name: found[field.name] for field in fields(HINTConfig) if field.name in found}
+    return T5Config.from_json(found["t5"]), HINTConfig(**known)
+
+
+class PlainT5(nn.Module):
+    """What HINT is compared with: a T5 that is told everything with the input, or nothing at all.
+
+    It trains, answers and is kept like HINT. Whether it is Tk-Instruct or No-Instruct is a matter of the text.
+    """
+
+    def __init__(self, t5: T5) -> None:
+        super().__init__()
+        self.t5 = t5
+
+    def encode_instruction(self, instruction_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """There is nothing to keep of an instruction: it is part of the input."""
+
+    def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
+        """Inputs [B, S] and labels [B, T] -> loss; the instructions are not read."""
+        return token_loss(self.t5(input_ids, shift_right(labels)), labels)
+
+    def generate(
+        self, task: None, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128
+    ) -> Tensor:
+        """Greedy answers [B, <= max_new_tokens] to inputs [B, S]."""
+        return self.t5.generate(input_ids, attention_mask, max_new_tokens)
+
+    def save_pretrained(self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None) -> None:
+        """A folder that this project and transformers read as a T5."""
+        self.t5.save_pretrained(folder, notes, metadata)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> PlainT5:
+        """Read such a folder, in eval mode. Raises CheckpointError."""
+        return cls(T5.from_pretrained(folder)).eval()
+
+
+def load_model(name_or_dir: str | os.PathLike) -> HINT | PlainT5:
+    """A saved HINT, or any T5, by what its `config.json` says it is. Raises CheckpointError."""
+    kind = read_config(name_or_dir, lambda found: found.get("model_type"))
+    return HINT.from_pretrained(name_or_dir) if kind == "hint" else PlainT5.from_pretrained(name_or_dir)
