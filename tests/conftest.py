@@ -1,5 +1,6 @@
 """What several test files share: small random models, public checkpoints made by transformers, and the real data."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 
 from hint import HINT, HINTConfig
 from t5 import T5, Adapter, KeyValue, LayerModules, Modules, T5Config
+
+torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it gives
+os.environ["OMP_NUM_THREADS"] = "1"  # likewise for the command lines that tests run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real vocabulary and data in ../shared")

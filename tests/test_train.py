@@ -1,0 +1,394 @@
+"""The command line as a user meets it: real runs on small data, what they leave behind, and what they refuse."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHARED, needs_shared, tiny_hint, tiny_t5
+from test_data import TASK, spiece, tokenizer, write_shards, write_task  # noqa: F401 (fixtures)
+
+import train
+from data import HINTFormat, Ids
+from hint import HINT, PlainT5, load_model
+from t5 import EOS, T5, T5Config
+
+TRAIN = Path(train.__file__)
+FAST = "--batch-size 4 --microbatch 2 --log-every 1 --max-input 40 --precision fp32".split()
+
+
+@pytest.fixture
+def sni(tmp_path) -> Path:
+    """A data set of three tasks to train on and two others to be scored on."""
+    folder = tmp_path / "sni"
+    folder.mkdir()
+    for name in ("train_1", "train_2", "train_3", "test_1", "test_2"):
+        write_task(folder, name)
+    for split in ("train", "test"):
+        names = [f"{split}_{n}" for n in range(1, 4) if (folder / "tasks" / f"{split}_{n}.json").exists()]
+        (folder / "splits" / "default" / f"{split}_tasks.txt").write_text("\n".join(names))
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path, spiece) -> Path:
+    """A tiny public T5: config, weights and spiece.model."""
+    folder = tmp_path / "public-t5"
+    tiny_t5(vocab_size=300).save_pretrained(folder)
+    (folder / "spiece.model").write_bytes(spiece.read_bytes())
+    return folder
+
+
+def finetune(sni, start, out, *more):
+    train.main(["finetune", "--data", sni, "--start", start, "--out", out, "--bottleneck", "3", "--prefix-length", "2",
+                "--max-target", "8", "--max-instruction", "40", *FAST, *more] | Texts())  # fmt: skip
+
+
+class Texts:
+    """`words | Texts()`: a command line of texts."""
+
+    def __ror__(self, words):
+        return [str(word) for word in words]
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def command_line(*words, **settings) -> subprocess.CompletedProcess:
+    """`python train.py ...` in a process of its own."""
+    return subprocess.run([sys.executable, str(TRAIN), *map(str, words)], capture_output=True, text=True, **settings)
+
+
+# ------------------------------------------------------------------------ runs
+
+
+@pytest.mark.parametrize("system, kind", [("hint", HINT), ("tk-instruct", PlainT5), ("no-instruct", PlainT5)])
+def test_finetune_evaluate_and_predict_work_on_each_other_s_folders(tmp_path, sni, start, system, kind, capsys):
+    out = tmp_path / "run"
+    finetune(sni, start, out, "--system", system, "--steps", 3, "--examples", 1, "--eval-every", 2)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "log.jsonl", "metrics.json", "model.safetensors", "predictions.jsonl", "tokenizer.json", "training-3.pt",
+    }  # fmt: skip
+    assert isinstance(load_model(out), kind)
+    steps = [entry for entry in log_of(out) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3] and all(entry["tokens_per_second"] > 0 for entry in steps)
+    assert [entry["step"] for entry in log_of(out) if "rougeL" in entry] == [2]
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 10 and set(rows[0]) == {"id", "task", "prediction", "references"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {"test_1", "test_2", "overall"} and set(metrics["overall"]) == {"exact_match", "rougeL"}
+    assert "overall" in capsys.readouterr().out
+
+    train.main(["evaluate", "--model", out, "--data", sni, "--out", tmp_path / "again", "--batch-size", 3] | Texts())
+    assert (tmp_path / "again" / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
+    capsys.readouterr()
+    train.main(["predict", "--model", out, "--instruction", "Say it.", "in 0", "in 1", "in 2"] | Texts())
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sni, start, spiece):
+    shards, out = write_shards(tmp_path, 300), tmp_path / "pre"
+    train.main(["pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 60, "--learning-rate", 0.02, "--bottleneck", 3,
+                "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 16, "--log-every", 20] | Texts())  # fmt: skip
+    losses = [entry["loss"] for entry in log_of(out)]
+    assert losses[-1] < losses[0] - 0.5, "the text has few words: learning them alone lowers the loss by more"
+    train.main(["finetune", "--data", sni, "--start", out, "--out", tmp_path / "fine", "--steps", 1, *FAST] | Texts())
+    fine = HINT.from_pretrained(tmp_path / "fine")
+    assert (fine.config.bottleneck, fine.config.prefix_length) == (3, 2)
+    drift = (fine.t5.shared.weight - HINT.from_pretrained(out).t5.shared.weight).abs().max()
+    assert 0 < drift < 0.1, "finetuning must begin at the pretrained weights"
+
+
+def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, capsys):
+    """The demo's own command, with fewer steps."""
+    monkeypatch.setattr(train, "DEMO", replace(train.DEMO, steps=3, save_every=3))
+    train.main(["demo", "--out", str(tmp_path / "demo")])
+    text = capsys.readouterr().out
+    for expected in ("unseen arguments", "unseen compositions", "no instruction", "exact match", "ROUGE-L", "wrong:", str(tmp_path / "demo")):
+        assert expected in text
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert {"unseen arguments", "unseen compositions", "unseen compositions, no instruction"} <= set(metrics)
+    shown = text.strip().splitlines()[-1]  # the command that the demo tells its user to type
+    assert shown.strip().startswith("python train.py predict")
+    done = subprocess.run(shown.replace("python train.py", f"{sys.executable} {TRAIN}"), shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(tmp_path, sni, start):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        finetune(sni, start, tmp_path / name, "--steps", 3, "--seed", seed)
+    losses = {name: [entry["loss"] for entry in log_of(tmp_path / name)] for name in "abc"}
+    assert losses["a"] == losses["b"] != losses["c"]
+
+
+def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, sni, start, monkeypatch):
+    """Stopped by an error in the middle of step 5, after the checkpoint of step 4: same weights, same log."""
+    options = ("--steps", 7, "--save-every", 2, "--dropout", 0.2)
+    finetune(sni, start, tmp_path / "whole", *options)
+    real, calls = train.accumulate_gradient, []
+
+    def stop_in_step_5(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError("stopped")
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "accumulate_gradient", stop_in_step_5)
+    with pytest.raises(MemoryError):
+        finetune(sni, start, tmp_path / "halves", *options)
+    monkeypatch.setattr(train, "accumulate_gradient", real)
+    assert (tmp_path / "halves" / "training-4.pt").is_file()
+    finetune(sni, start, tmp_path / "halves", *options, "--resume")
+    one, other = (T5_weights(tmp_path / name) for name in ("whole", "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    losses = [[(entry["step"], entry["loss"]) for entry in log_of(tmp_path / name)] for name in ("whole", "halves")]
+    assert losses[0] == losses[1] and len(losses[0]) == 7
+
+
+def T5_weights(folder):
+    return [parameter for _, parameter in load_model(folder).named_parameters()]
+
+
+def test_a_run_without_a_checkpoint_resumes_from_its_beginning(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "never", "--steps", 2, "--resume")
+    assert [entry["step"] for entry in log_of(tmp_path / "never")] == [1, 2]
+
+
+def test_inputs_come_from_arguments_a_file_or_standard_input(tmp_path, sni, start):
+    out = tmp_path / "run"
+    finetune(sni, start, out, "--steps", 1)
+    (tmp_path / "inputs.txt").write_text("in 0\nin 1\n")
+    ask = ("predict", "--model", out, "--instruction", "Say it.")
+    answers = [command_line(*ask, "in 0", "in 1"), command_line(*ask, "--file", tmp_path / "inputs.txt"), command_line(*ask, input="in 0\nin 1\n")]
+    assert {done.returncode for done in answers} == {0}
+    assert len({done.stdout for done in answers}) == 1 and len(answers[0].stdout.splitlines()) == 2
+    assert command_line(*ask, input="").stdout == ""
+
+
+def test_evaluation_encodes_each_instruction_once(tmp_path, tokenizer):
+    model = tiny_hint(vocab_size=300)
+    seen = []
+    model.hypernetwork.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
+    task = replace(TASK, instances=TASK.instances * 7)
+    answerer = train.Answerer(model, HINTFormat(tokenizer), 4, batch_size=2, precision="fp32")
+    assert len(answerer.predictions([task, task])) == 14 and seen == [1, 1]
+
+
+class Echo(torch.nn.Module):
+    """Answers every input with itself."""
+
+    def encode_instruction(self, instruction_ids):
+        return None
+
+    def generate(self, task, input_ids, max_new_tokens):
+        return input_ids[:, :max_new_tokens]
+
+
+def test_answers_come_back_in_the_order_of_the_inputs(tokenizer):
+    """Inputs are sorted by length to be answered in batches, and their answers put back."""
+    texts = ["the cat and " * n + "the dog" for n in (5, 1, 4, 2, 3)]
+    task = replace(TASK, instances=tuple(TASK.instances[0]._replace(input=text) for text in texts))
+    answerer = train.Answerer(Echo(), HINTFormat(tokenizer), 100, batch_size=2, precision="fp32")
+    assert answerer.answers(task) == texts
+
+
+# ------------------------------------------------------------------------ the loop
+
+
+def examples(count=7) -> list[Ids]:
+    draw = torch.Generator().manual_seed(0)
+    ids = lambda: torch.randint(2, 53, (int(torch.randint(2, 9, (1,), generator=draw)),), generator=draw).tolist() + [1]  # noqa: E731
+    return [Ids(ids(), ids(), ids()) for _ in range(count)]
+
+
+def test_microbatches_of_any_size_give_the_gradient_of_the_whole_batch():
+    """Targets differ in length, so a mean over microbatches of means would be another gradient."""
+    model, batch = tiny_hint(), examples()
+    batch += [example._replace(instruction=batch[0].instruction) for example in examples(3)]
+    wanted = gradient(model, batch, len(batch))
+    for microbatch in (1, 2, 3, 7):
+        for found, right in zip(gradient(model, batch, microbatch), wanted, strict=True):
+            torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-4)
+
+
+def gradient(model, batch, microbatch):
+    model.zero_grad()
+    loss = train.accumulate_gradient(model, batch, microbatch, torch.device("cpu"), train.nullcontext)
+    assert math.isfinite(loss)
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_z_loss_is_part_of_the_gradient(monkeypatch):
+    model, batch = tiny_hint(), examples()
+    with_it = gradient(model, batch, 4)
+    monkeypatch.setattr(train, "Z_LOSS", 0.0)
+    without = gradient(model, batch, 4)
+    assert any((one - other).abs().max() > 1e-6 for one, other in zip(with_it, without))
+
+
+def test_adafactor_steps_as_the_paper_says():
+    """Two steps of a matrix and a vector, computed from Shazeer and Stern (2018) with parameter scaling, in fp64."""
+    torch.manual_seed(3)
+    model = torch.nn.ParameterList([torch.randn(5, 4) * 0.3, torch.randn(6) * 1e-5])
+    gradients = [[torch.randn(5, 4), torch.randn(6)], [torch.randn(5, 4), torch.randn(6)]]
+    gradients[1][0][2] = 0  # an unused row of an embedding
+    wanted = [parameter.detach().double().clone() for parameter in model]
+    rows, columns, squares = torch.zeros(5), torch.zeros(4), torch.zeros(6)
+    optimizer = train.adafactor(model, 1e-2)
+    for step in (1, 2):
+        for parameter, found in zip(model, gradients[step - 1]):
+            parameter.grad = found
+        optimizer.step()
+        matrix, vector = (found.double() for found in gradients[step - 1])
+        beta = 1 - step**-0.8
+        rows = beta * rows + (1 - beta) * matrix.square().mean(1)
+        columns = beta * columns + (1 - beta) * matrix.square().mean(0)
+        squares = beta * squares + (1 - beta) * vector.square()
+        updates = [matrix / (rows[:, None] * columns / rows.mean()).sqrt().clamp(min=1e-18), vector / squares.sqrt()]
+        for number, update in enumerate(updates):
+            update = update / max(1.0, update.square().mean().sqrt().item())
+            size = max(1e-3, wanted[number].square().mean().sqrt().item())
+            wanted[number] = wanted[number] - 1e-2 * size * update
+    for parameter, right in zip(model, wanted):
+        assert parameter.isfinite().all()
+        torch.testing.assert_close(parameter.double(), right, atol=1e-6, rtol=1e-4)
+
+
+def test_the_learning_rate_is_constant_or_rises_and_falls_as_asked():
+    constant = train.Recipe(steps=100)
+    assert {train.learning_rate(step, constant) for step in (1, 50, 100)} == {1e-3}
+    cosine = replace(constant, warmup=10, final_rate=0.1)
+    rates = [train.learning_rate(step, cosine) for step in range(1, 101)]
+    assert rates[4] < rates[9] and rates[9] == max(rates) and rates[-1] == pytest.approx(1e-4)
+
+
+def test_dropout_of_the_recipe_reaches_t5_and_the_generator_s_attention():
+    model = tiny_hint()
+    train.set_dropout(model, 0.3)
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {rate for name, rate in rates.items() if "networks" not in name} == {0.3}
+    assert {rate for name, rate in rates.items() if "networks" in name} == {0.0} and "hypernetwork.attention.dropout" in rates
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("--learning-rate", 0.05), ("--warmup", 5), ("--final-rate", 0.1), ("--dropout", 0.4), ("--seed", 5), ("--batch-size", 2), ("--group", 2),
+     ("--max-instruction", 8), ("--max-input", 8), ("--max-target", 2), ("--examples", 1), ("--max-instances", 1), ("--precision", "bf16"),
+     ("--generator-dropout", 0.8)],
+)  # fmt: skip
+def test_each_option_of_training_changes_the_run(tmp_path, sni, start, option, value):
+    losses = []
+    for name, more in (("plain", ()), ("changed", (option, value))):
+        finetune(sni, start, tmp_path / name, "--steps", 3, *more)
+        losses.append([entry["loss"] for entry in log_of(tmp_path / name)])
+    assert losses[0] != losses[1]
+
+
+def test_bf16_computes_in_bf16_over_fp32_weights():
+    model = tiny_hint()
+    _, context = train.device_and_precision("bf16")
+    kinds = set()
+    model.t5.encoder.blocks[0].self_attention.q.register_forward_hook(lambda _, __, out: kinds.add(out.dtype))
+    with context():
+        loss = model(torch.tensor([[5, 1]]), torch.tensor([[6, 1]]), torch.tensor([[7, 1]]))
+    loss.loss.backward()
+    assert kinds == {torch.bfloat16} and loss.loss.dtype == torch.float32
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------ what is refused
+
+
+def refused(done: subprocess.CompletedProcess, *expected: str) -> None:
+    """One sentence, no traceback, a non-zero exit."""
+    assert done.returncode in (1, 2), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train.py"), done.stderr
+    assert all(text in done.stderr for text in expected), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_bad_input_ends_in_one_sentence_and_leaves_nothing_behind(tmp_path, sni, start, spiece):
+    """Each through the real command line; the library's own tests try every form of damage."""
+    out = tmp_path / "out"
+    run = ("finetune", "--out", out, "--steps", 1, *FAST)
+    good = ("--data", sni, "--start", start)
+    weights = (start / "model.safetensors").read_bytes()
+    refused(command_line(*run, "--data", tmp_path / "absent", "--start", start), "absent", "tasks/")
+    refused(command_line(*run, "--data", sni, "--start", tmp_path / "absent"), "absent")
+    refused(command_line(*run, *good, "--precision", "fp16"), "fp16", "bf16")
+    refused(command_line(*run, *good, "--no-such-option", 3), "--no-such-option")
+    refused(command_line(*run, *good, "--steps", 0), "--steps")
+    refused(command_line(*run, "--data", sni, "--size", "tiny"), "--tokenizer")
+    (start / "model.safetensors").write_bytes(weights[:-5])
+    refused(command_line(*run, *good), "model.safetensors")
+    (start / "model.safetensors").write_bytes(weights)
+    (sni / "tasks" / "train_2.json").write_text("{")
+    refused(command_line(*run, *good), "train_2.json", "not JSON")
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    refused(command_line(*run, *good), str(out), "--resume")
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_other_commands_refuse_in_the_same_way(tmp_path, sni, start):
+    out = tmp_path / "out"
+    refused(command_line("evaluate", "--model", start, "--data", sni, "--split", "dev", "--out", out), "dev_tasks.txt")
+    refused(command_line("predict", "--model", tmp_path, "--instruction", "x", "y"), "config.json")
+    refused(command_line("predict", "--model", start, "--instruction", "x", "--file", tmp_path / "absent"), "absent")
+    refused(command_line("pretrain", "--start", start, "--corpus", tmp_path / "absent.json.gz", "--out", out, *FAST), "absent.json.gz")
+    refused(command_line("no-such-command"), "no-such-command")
+    assert not out.exists()
+
+
+def test_resume_wants_the_same_options(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    with pytest.raises(SystemExit, match="learning_rate"):
+        finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume", "--learning-rate", 0.5)
+    finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2]
+
+
+def test_a_hint_folder_keeps_its_sizes_and_its_kind(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    for more, message in ((("--bottleneck", "4"), "cannot be changed"), (("--system", "tk-instruct"), "cannot become")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(["finetune", "--data", sni, "--start", tmp_path / "run", "--out", tmp_path / "x", *FAST, *more] | Texts())
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, sni, start, monkeypatch):
+    finetune(sni, start, tmp_path / "run", "--steps", 2)
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(train, "accumulate_gradient", lambda *_: math.nan)
+    with pytest.raises(SystemExit, match="loss of step 3 is nan"):
+        finetune(sni, start, tmp_path / "run", "--steps", 4, "--resume")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_importing_a_module_does_nothing():
+    program = "import sys; before = set(sys.modules); import t5, hypernet, hint, data, train; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=os.fspath(TRAIN.parent))
+    assert (done.stdout.strip(), done.stderr) == ("False", "")
+
+
+def test_help_of_every_command_fits_its_options():
+    for command in ((), ("demo",), ("pretrain",), ("finetune",), ("evaluate",), ("predict",)):
+        done = command_line(*command, "--help")
+        assert done.returncode == 0 and "usage" in done.stdout
+
+
+@needs_shared
+def test_the_real_data_train_and_score_with_the_real_vocabulary(tmp_path):
+    """Two tasks' worth of steps of a tiny model on Super-NaturalInstructions and its twelve unseen tasks."""
+    out = tmp_path / "run"
+    train.main(["finetune", "--data", SHARED / "sni", "--size", "tiny", "--tokenizer", SHARED / "t5", "--out", out, "--steps", 2,
+                "--max-instances", 2, "--max-instruction", 64, "--max-target", 4, "--bottleneck", 4, "--prefix-length", 2, *FAST] | Texts())  # fmt: skip
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == 24
+    assert len(json.loads((out / "metrics.json").read_text())) == 13
+    assert T5Config(**HINT.from_pretrained(out).t5.config.__dict__).vocab_size == 32_128 and isinstance(load_model(out).t5, T5)

@@ -1,0 +1,644 @@
+"""Train, evaluate and use HINT from the command line.
+
+    python train.py                 the demo: a tiny HINT learns a toy world of instructions, from scratch
+    python train.py pretrain ...    pretrain the hypernetwork on plain text (section 3.3)
+    python train.py finetune ...    train on the tasks of Super-NaturalInstructions (section 4)
+    python train.py evaluate ...    score a model on tasks that it has not seen
+    python train.py predict ...     answer inputs of one's own
+
+Every run writes into its own folder `--out`: the model, `config.json`, `log.jsonl` and, after an evaluation,
+`metrics.json` and `predictions.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain, count
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+from tqdm import tqdm
+
+from data import (
+    PAD, Batch, DataError, HINTFormat, Ids, Instance, NoInstructFormat, PretrainingChunks, PromptFormat, Shuffled, Task,
+    TkInstructFormat, collate, encode_tasks, load_tasks, load_tokenizer, pad, score, toy_tokenizer, toy_world,
+)  # fmt: skip
+from hint import HINT, HINTConfig, PlainT5, load_model
+from t5 import SIZES, T5, Z_LOSS, CheckpointError, T5Config, read_config, read_metadata, replacing
+
+
+class RunError(ValueError):
+    """A run cannot start or go on; the message is one sentence for the user."""
+
+
+# --------------------------------------------------------------------------------------------- settings
+
+
+def option(default, why: str):
+    """A field that is also an option of the command line; `why` is its help there."""
+    return field(default=default, metadata={"help": why})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run trains. The defaults are those of section 4 for Super-NaturalInstructions."""
+
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(1024, "examples a step")
+    group: int = option(1, "examples of one task that come together; more of them mean fewer instructions to encode a step")
+    microbatch: int = option(16, "examples at once on the device; any number gives the same gradient, a smaller one takes less memory")
+    learning_rate: float = option(1e-3, "of Adafactor, relative to the size of each parameter; constant in the paper")
+    warmup: int = option(0, "steps over which the learning rate rises; a model from scratch wants some")
+    final_rate: float = option(1.0, "what a cosine lets the learning rate fall to, as a part of it; 1 keeps it constant")
+    dropout: float = option(0.1, "of T5 and the generator's attention; the paper has 0 in pretraining, 0.1 after it")
+    max_instruction: int = option(1024, "longest instruction in tokens; it is cut or loses examples, never its </s>")
+    max_input: int = option(1024, "longest input in tokens")
+    max_target: int = option(256, "longest answer in tokens, in training and in evaluation")
+    seed: int = option(0, "of the new weights, the order of the data, dropout and the choice among references")
+    precision: str = option("auto", "fp32 or bf16 (over fp32 weights); auto: bf16 on a GPU that has it; fp16 overflows in T5")
+    gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass: more time, much less memory")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+    save_every: int = option(200, "steps between checkpoints, each in place of the last")
+    eval_every: int = option(0, "steps between evaluations during training; 0: only at the end")
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "warmup": 0, "eval_every": 0, "learning_rate": 0, "final_rate": 0, "dropout": 0, "max_input": 8}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in ("int", "float") and not value >= least.get(item.name, 1):
+                raise RunError(f"{flag(item)} {value}: must be at least {least.get(item.name, 1)}")
+        if self.dropout >= 1 or self.final_rate > 1:
+            raise RunError(f"--dropout {self.dropout} must be below 1 and --final-rate {self.final_rate} at most 1")
+
+
+RECIPES = {
+    "pretrain": Recipe(steps=10_000, dropout=0.0, max_instruction=512, max_input=512, max_target=512),
+    "finetune": Recipe(),
+}
+DEMO = Recipe(steps=2000, batch_size=64, group=4, microbatch=64, learning_rate=0.03, warmup=100, final_rate=0.05, dropout=0.0, max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000)
+DEMO_T5 = T5Config(d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1, dropout_rate=0.0)
+DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0)
+NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")  # one --max-input is the length of a segment
+SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": NoInstructFormat}
+
+
+# --------------------------------------------------------------------------------------------- a run and its folder
+
+
+class Run:
+    """The folder of a run: settings, log, checkpoints. Weights and training state of one step belong together."""
+
+    def __init__(self, out: str, settings: dict, resume: bool = False) -> None:
+        self.out, self.settings = Path(out), settings
+        if resume:
+            self._check_same_settings()
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise RunError(f"{out}: holds something already; name another --out, or go on with that run by --resume")
+        weights = self.out / "model.safetensors"
+        self.step = int(read_metadata(weights).get("step", 0)) if weights.is_file() else 0  # of the last checkpoint
+
+    def begin(self) -> None:
+        """Make the folder, now that all that the run needs has been read."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._forget_log_behind(self.step)
+        if self.step == 0:
+            write(self.out / "config.json", json.dumps({"run": self.settings}, indent=2) + "\n")
+
+    def _check_same_settings(self) -> None:
+        path = self.out / "config.json"
+        if not path.is_file():
+            return  # stopped before its first checkpoint
+        before = json.loads(path.read_text("utf-8")).get("run", {})
+        for name, value in self.settings.items():
+            if name != "steps" and name in before and before[name] != value:
+                raise RunError(f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options")
+
+    def _forget_log_behind(self, step: int) -> None:
+        path = self.out / "log.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
+            write(path, "".join(line + "\n" for line in kept))
+
+    def log(self, **entry) -> None:
+        """One more line of `log.jsonl`."""
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, source) -> None:
+        """A checkpoint: first the training state, then the weights, which name the step whose state is theirs.
+
+        Each file is written beside and renamed, so at any moment the folder holds one whole checkpoint.
+        """
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "position": source.position,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        with replacing(self.out / f"training-{step}.pt") as file:
+            torch.save(state, file)
+        model.save_pretrained(self.out, notes={"run": self.settings}, metadata={"step": str(step)})
+        for path in self.out.glob("training-*.pt"):
+            if path.name != f"training-{step}.pt":
+                path.unlink()
+
+    def state(self) -> dict:
+        """The training state that belongs to the weights in the folder; of a run that has none yet, no position."""
+        if self.step == 0:
+            return {"position": None}
+        path = self.out / f"training-{self.step}.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise RunError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.80})") from None
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+# --------------------------------------------------------------------------------------------- training
+
+
+def train(
+    model: nn.Module, tokenizer: Tokenizer, source: Shuffled | PretrainingChunks, recipe: Recipe, run: Run,
+    evaluate: Callable[[int], None] | None = None,
+) -> None:  # fmt: skip
+    """The loop. `source` hands out examples; `evaluate(step)` is called during training where the recipe asks for it."""
+    run.begin()
+    write(run.out / "tokenizer.json", tokenizer.to_str())  # the folder must answer without any other
+    device, context = device_and_precision(recipe.precision)
+    model.to(device).train()
+    model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
+    optimizer = adafactor(model, recipe.learning_rate)
+    if run.step:
+        restore(optimizer, run.state())
+    bar = tqdm(range(run.step + 1, recipe.steps + 1), initial=run.step, total=recipe.steps, mininterval=0.5 if sys.stderr.isatty() else 10)
+    meter = Meter()
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
+        examples = source.take(recipe.batch_size)
+        loss = accumulate_gradient(model, examples, recipe.microbatch, device, context)
+        if not math.isfinite(loss):
+            raise RunError(f"the loss of step {step} is {loss}; the checkpoint of an earlier step is kept in {run.out}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        meter.add(loss, examples)
+        if step % recipe.log_every == 0 or step == recipe.steps:
+            run.log(step=step, **meter.read())
+            bar.set_postfix(loss=f"{meter.last_loss:.3f}")
+        if step % recipe.save_every == 0 or step == recipe.steps:
+            run.save(step, model, optimizer, source)
+        if evaluate and recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps:
+            evaluate(step)
+            model.train()
+
+
+def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Adafactor as the paper used it: steps relative to the RMS of each parameter (at least 1e-3), update clipped to
+    an RMS of 1, no momentum, no weight decay, second moments that forget with 1 - t^-0.8.
+
+    The first epsilon is 1e-30 in the authors' code. PyTorch squares it, which is zero in fp32 and makes NaN of the
+    unused rows of an embedding; its default, 1e-7, is larger than the mean squared gradients of a large model.
+    1e-18 is neither.
+    """
+    return torch.optim.Adafactor(model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0)
+
+
+def learning_rate(step: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine down to `final_rate` of the peak; constant with the defaults, as in the paper."""
+    rise = min(1.0, step / recipe.warmup) if recipe.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+    return recipe.learning_rate * rise * (recipe.final_rate + (1 - recipe.final_rate) * fall)
+
+
+def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, device: torch.device, context) -> float:
+    """Gradient of the mean loss per target token of the *whole* batch, whatever the microbatch; returns that mean.
+
+    Examples of one instruction and of like length go together, so that the hypernetwork runs once for them and
+    little is padding.
+    """
+    tokens = sum(len(example.target) for example in examples)
+    examples = sorted(examples, key=lambda example: (len(example.instruction), example.instruction, len(example.input)))
+    total = 0.0
+    for start in range(0, len(examples), microbatch):
+        batch = to(device, collate(examples[start : start + microbatch]))
+        with context():
+            out = model(*batch)
+        ((out.cross_entropy + Z_LOSS * out.z_loss) / tokens).backward()
+        total += out.cross_entropy.item()
+    return total / tokens
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Optimizer and random numbers as they were; the weights and the position in the data are restored elsewhere."""
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"])
+    if state["random_cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["random_cuda"])
+
+
+class Meter:
+    """Mean loss and real tokens per second (instruction, input and target; no padding) since the last reading."""
+
+    def __init__(self) -> None:
+        self.last_loss = math.nan
+        self._start_again()
+
+    def _start_again(self) -> None:
+        self._losses, self._tokens, self._began = [], 0, time.perf_counter()
+
+    def add(self, loss: float, examples: Iterable[Ids]) -> None:
+        """Count one step."""
+        self._losses.append(loss)
+        self._tokens += sum(map(len, (ids for example in examples for ids in example)))
+
+    def read(self) -> dict[str, float]:
+        """What `log.jsonl` says of these steps."""
+        self.last_loss = sum(self._losses) / len(self._losses)
+        entry = {"loss": self.last_loss, "tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
+        self._start_again()
+        return entry
+
+
+def device_and_precision(precision: str) -> tuple[torch.device, Callable]:
+    """The GPU where there is one, and the context that forward passes run in: fp32, or bf16 over fp32 weights."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision == "fp16":
+        raise RunError("--precision fp16: T5 overflows in fp16 (its feed-forward layers pass 65,504); use bf16 or fp32")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RunError(f"--precision {precision}: must be auto, fp32 or bf16")
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" and not has_bf16:
+        raise RunError("--precision bf16: this GPU has no bf16; use fp32")
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda" and has_bf16):
+        return device, lambda: torch.autocast(device.type, torch.bfloat16)
+    return device, nullcontext
+
+
+def to(device: torch.device, batch: Batch) -> Batch:
+    return Batch(*(tensor.to(device) for tensor in batch))
+
+
+def set_dropout(model: nn.Module, rate: float) -> None:
+    """The rate of a recipe, in T5 and in the generator's attention; its networks keep their own."""
+    parts = [model.t5, *([model.hypernetwork.attention] if isinstance(model, HINT) else [])]
+    for module in (module for part in parts for module in part.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
+# --------------------------------------------------------------------------------------------- answering
+
+
+class Answerer:
+    """A model with its prompt format: tasks in, texts out. Each instruction is read once."""
+
+    def __init__(self, model: nn.Module, prompts: PromptFormat, max_new_tokens: int, batch_size: int, precision: str) -> None:
+        self.model, self.prompts = model, prompts
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.device, self.context = device_and_precision(precision)
+
+    @torch.inference_mode()
+    def answers(self, task: Task) -> list[str]:
+        """An answer to each instance of a task; inputs of like length are answered together."""
+        self.model.to(self.device).eval()
+        ids = self.prompts(task)
+        order = sorted(range(len(ids)), key=lambda place: len(ids[place][1]))
+        answers = [""] * len(ids)
+        with self.context():
+            encoded = self.model.encode_instruction(torch.tensor([ids[0][0]], device=self.device))
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                inputs = pad([ids[place][1] for place in places], PAD).to(self.device)
+                texts = self.model.generate(encoded, inputs, max_new_tokens=self.max_new_tokens)
+                for place, text in zip(places, self.prompts.tokenizer.decode_batch(texts.tolist())):
+                    answers[place] = text
+        return answers
+
+    def predictions(self, tasks: Iterable[Task]) -> list[dict]:
+        """One row for each instance: id, task, prediction, references."""
+        rows = []
+        for task in tqdm(tasks, desc="answering", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False):
+            for instance, answer in zip(task.instances, self.answers(task)):
+                rows.append({"id": instance.id, "task": task.name, "prediction": answer, "references": list(instance.references)})
+        return rows
+
+
+def scores(rows: Sequence[dict]) -> dict[str, float]:
+    """Exact match and ROUGE-L of predictions, in percent."""
+    return score([row["prediction"] for row in rows], [row["references"] for row in rows])
+
+
+def by_task(rows: Sequence[dict]) -> dict[str, list[dict]]:
+    """Predictions grouped by the task they belong to."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["task"], []).append(row)
+    return groups
+
+
+def report(groups: dict[str, list[dict]], out: Path, control: dict[str, list[dict]] | None = None) -> None:
+    """Write `predictions.jsonl` and `metrics.json`, and print the scores of each group and of all of them.
+
+    `control` holds groups to be scored beside them that are no part of the whole.
+    """
+    rows = [row for group in groups.values() for row in group]
+    table = {name: scores(group) for name, group in groups.items()} | {"overall": scores(rows)}
+    table |= {name: scores(group) for name, group in (control or {}).items()}
+    write(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write(out / "metrics.json", json.dumps(table, indent=2) + "\n")
+    print_scores(table)
+
+
+def print_scores(table: dict[str, dict[str, float]]) -> None:
+    """Exact match and ROUGE-L, a row a name."""
+    width = max(map(len, table))
+    print(f"\n{'':{width}}  exact match  ROUGE-L")
+    for name, row in table.items():
+        print(f"{name:{width}}  {row['exact_match']:11.1f}  {row['rougeL']:7.1f}")
+
+
+# --------------------------------------------------------------------------------------------- commands
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    """Train a tiny HINT on the toy world, score it on what it has never seen, and show what it says."""
+    recipe = replace(DEMO, seed=arguments.seed)
+    run = Run(arguments.out or first_free("runs/demo"), {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)})
+    world = toy_world(recipe.seed)
+    tokenizer = toy_tokenizer()
+    prompts = prompt_format("hint", tokenizer, 0, recipe)
+    torch.manual_seed(recipe.seed)
+    model = HINT(T5(replace(DEMO_T5, vocab_size=tokenizer.get_vocab_size())), DEMO_HINT)
+    print(f"A HINT of {sum(p.numel() for p in model.parameters()):,} parameters learns {len(world.train):,} toy tasks, such as")
+    show(world.train[:2])
+    source = Shuffled(encode_tasks(world.train, prompts, recipe.max_target, recipe.seed), recipe.seed, group=recipe.group)
+    train(model, tokenizer, source, recipe, run)
+    answerer = Answerer(model, prompts, recipe.max_target, 64, recipe.precision)
+    tests = {"unseen arguments": world.unseen_arguments, "unseen compositions": world.unseen_compositions}
+    rows = {name: answerer.predictions(tasks) for name, tasks in tests.items()}
+    blind = {f"{name}, no instruction": answerer.predictions(map(without_instruction, tasks)) for name, tasks in tests.items()}
+    report(rows, run.out, control=blind)
+    show_answers([task for tasks in tests.values() for task in tasks], [row for found in rows.values() for row in found])
+    task = world.unseen_compositions[0]
+    print(f"\nAll of it lies in {run.out}. Ask it yourself:")
+    print(f'  python train.py predict --model {run.out} --instruction "{task.definition}" "{task.instances[0].input}"')
+
+
+def without_instruction(task: Task) -> Task:
+    """The same inputs, and nothing said of what to do with them."""
+    return replace(task, definition="", examples=())
+
+
+def show(tasks: Iterable[Task]) -> None:
+    """An instruction and an instance of each task."""
+    for task in tasks:
+        print(f"  {task.definition}\n      {task.instances[0].input}  ->  {task.instances[0].references[0]}")
+
+
+def show_answers(tasks: Sequence[Task], rows: Sequence[dict], each: int = 3) -> None:
+    """A few right and a few wrong answers, with the instruction and input of each."""
+    said = {task.name: task.definition for task in tasks}
+    inputs = {instance.id: instance.input for task in tasks for instance in task.instances}
+    for title, exact in (("right", 100), ("wrong", 0)):
+        chosen = [row for row in rows if scores([row])["exact_match"] == exact]
+        print(f"\n{title}: {len(chosen)} of {len(rows)}")
+        for row in chosen[:: max(1, len(chosen) // each)][:each]:
+            wanted = "" if exact else f"   (wanted: {row['references'][0]})"
+            print(f"  {said[row['task']]}\n      {inputs[row['id']]}  ->  {row['prediction']}{wanted}")
+
+
+def first_free(name: str) -> str:
+    """`name`, or name-2, name-3, ... where it is taken."""
+    names = chain([name], (f"{name}-{number}" for number in count(2)))
+    return next(free for free in names if not Path(free).exists())
+
+
+def pretrain(arguments: argparse.Namespace) -> None:
+    """Pretrain on plain text: the hypernetwork reads the beginning, T5 the middle, and the end is the answer."""
+    recipe = recipe_of(arguments)
+    run = Run(arguments.out, {**settings_of(arguments, recipe), "system": "hint", "examples": 0}, arguments.resume)
+    model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
+    source = PretrainingChunks(arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state()["position"] or (0, 0))
+    train(model, tokenizer, source, recipe, run)
+    print(f"The pretrained model lies in {run.out}; finetune it with --start {run.out}")
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """Train on the `train` split of Super-NaturalInstructions, then score on its `test` split."""
+    recipe = recipe_of(arguments)
+    run = Run(arguments.out, settings_of(arguments, recipe), arguments.resume)
+    tasks = {split: load_tasks(arguments.data, split, arguments.max_instances) for split in ("train", "test")}
+    model, tokenizer = model_and_tokenizer(arguments, recipe, run, arguments.system)
+    prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe)
+    examples = encode_tasks(tasks["train"], prompts, recipe.max_target, recipe.seed)
+    source = Shuffled(examples, recipe.seed, run.state()["position"] or 0, recipe.group)
+    answerer = Answerer(model, prompts, recipe.max_target, arguments.eval_batch_size, recipe.precision)
+
+    def evaluate_at(step: int) -> None:
+        overall = scores(answerer.predictions(tasks["test"]))
+        run.log(step=step, **overall)
+        tqdm.write(f"step {step}: exact match {overall['exact_match']:.1f}, ROUGE-L {overall['rougeL']:.1f}")
+
+    train(model, tokenizer, source, recipe, run, evaluate_at)
+    report(by_task(answerer.predictions(tasks["test"])), run.out)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Score a model on a split: a folder of this project, or a public T5 such as Tk-Instruct."""
+    run = Run(arguments.out, settings_of(arguments))
+    tasks = load_tasks(arguments.data, arguments.split, arguments.max_instances)
+    rows = answerer_of(arguments).predictions(tasks)
+    run.begin()
+    report(by_task(rows), run.out)
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Print an answer a line to inputs given as arguments, in a file or on standard input, an input a line."""
+    inputs = arguments.inputs or read_lines(arguments.file)
+    instances = tuple(Instance(str(number), text, ()) for number, text in enumerate(inputs))
+    answerer = answerer_of(arguments)
+    if instances:
+        print("\n".join(answerer.answers(Task("predict", arguments.instruction.strip(), (), instances))))
+
+
+def read_lines(file: str) -> list[str]:
+    """The lines of a file; of standard input where the file is `-`."""
+    try:
+        return (sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")).splitlines()
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: cannot be read ({error!s:.80})") from None
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of a command with the options given to it."""
+    given = {item.name: getattr(arguments, item.name) for item in fields(Recipe) if hasattr(arguments, item.name)}
+    return replace(RECIPES[arguments.command], **given)
+
+
+def settings_of(arguments: argparse.Namespace, recipe: Recipe | None = None) -> dict:
+    """What `config.json` keeps of the command line."""
+    given = {name: value for name, value in vars(arguments).items() if name not in ("function", "resume", "out")}
+    return {**given, **(asdict(recipe) if recipe else {})}
+
+
+def prompt_format(system: str, tokenizer: Tokenizer, examples: int, recipe: Recipe) -> PromptFormat:
+    return SYSTEMS[system](tokenizer, examples, recipe.max_instruction, recipe.max_input)
+
+
+def model_and_tokenizer(arguments: argparse.Namespace, recipe: Recipe, run: Run, system: str) -> tuple[nn.Module, Tokenizer]:
+    """The model that a run starts from: its own checkpoint, a folder or public name, or fresh weights of a size."""
+    torch.manual_seed(recipe.seed)
+    start = run.out if run.step else arguments.start
+    if start is None and arguments.tokenizer is None:
+        raise RunError("--size starts from fresh weights and has no tokenizer of its own; name one with --tokenizer")
+    tokenizer = load_tokenizer(arguments.tokenizer or start)
+    model = load_model(start) if start else PlainT5(T5(SIZES[arguments.size]))
+    sizes = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig) if getattr(arguments, item.name) is not None}
+    if isinstance(model, HINT):
+        if system != "hint":
+            raise RunError(f"{start}: is a HINT model, which cannot become --system {system}")
+        if sizes and replace(model.config, **sizes) != model.config:
+            raise RunError(f"{start}: has a hypernetwork already ({model.config}); its sizes cannot be changed")
+    elif system == "hint":
+        model = HINT(model.t5, HINTConfig(**sizes))
+    if tokenizer.get_vocab_size() > model.t5.config.vocab_size:
+        raise RunError(f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model only {model.t5.config.vocab_size:,}")
+    set_dropout(model, recipe.dropout)
+    return model, tokenizer
+
+
+def answerer_of(arguments: argparse.Namespace) -> Answerer:
+    """A saved model with the prompt format that it was trained on, where its `config.json` tells that."""
+    model = load_model(arguments.model)
+    notes = read_config(arguments.model, lambda found: found.get("run", {}))
+    recipe = Recipe(**{item.name: notes[item.name] for item in fields(Recipe) if item.name in notes})
+    system = "hint" if isinstance(model, HINT) else arguments.system or notes.get("system", "tk-instruct")
+    examples = notes.get("examples", 0) if arguments.examples is None else arguments.examples
+    prompts = prompt_format(system, load_tokenizer(arguments.tokenizer or arguments.model), examples, recipe)
+    return Answerer(model, prompts, arguments.max_new_tokens or recipe.max_target, arguments.batch_size, arguments.precision)
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence for a wrong command line, in place of a page of usage."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> Parser:
+    """The command line. Every option of `Recipe` is one of `pretrain` and `finetune`."""
+    top = Parser(description=__doc__.partition("\n")[0])
+    commands = top.add_subparsers(title="commands", dest="command", parser_class=Parser)
+    command = add_command(commands, demo)
+    command.add_argument("--seed", type=int, default=0, help="of the toy world and of the model")
+    command.add_argument("--out", help="folder of the run; the first free runs/demo, runs/demo-2, ... without it")
+    command = add_command(commands, pretrain)
+    command.add_argument("--corpus", required=True, nargs="+", help="shards of C4 or the like: .json.gz, an object with a text a line")
+    add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
+    command = add_command(commands, finetune)
+    add_data_options(command)
+    command.add_argument("--system", choices=SYSTEMS, default="hint", help="HINT, or what it is compared with")
+    command.add_argument("--examples", type=at_least(0), default=0, help="positive examples in the instruction: 0 (Def) or 2 (Def + 2 Pos)")
+    command.add_argument("--eval-batch-size", type=at_least(1), default=32, help="inputs answered at once")
+    add_training_options(command, RECIPES["finetune"])
+    command = add_command(commands, evaluate)
+    add_data_options(command)
+    command.add_argument("--split", default="test", help="which splits/default/SPLIT_tasks.txt")
+    command.add_argument("--out", required=True, help="folder for metrics.json and predictions.jsonl")
+    add_answering_options(command)
+    command = add_command(commands, predict)
+    command.add_argument("--instruction", required=True, help="what to do with each input")
+    command.add_argument("--file", default="-", help="inputs, one a line, where none are given as arguments; -: standard input")
+    command.add_argument("inputs", nargs="*", help="inputs")
+    add_answering_options(command)
+    return top
+
+
+def add_command(commands, function: Callable) -> Parser:
+    text = function.__doc__
+    command = commands.add_parser(function.__name__, help=text, description=text)
+    command.set_defaults(function=function)
+    return command
+
+
+def add_data_options(command: Parser) -> None:
+    command.add_argument("--data", required=True, help="Super-NaturalInstructions: a folder with tasks/ and splits/")
+    command.add_argument("--max-instances", type=at_least(1), default=100, help="the first so many instances of each task")
+
+
+def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str] = ()) -> None:
+    start = command.add_mutually_exclusive_group(required=True)
+    start.add_argument("--start", help="model to start from: a folder, or a public name such as google/t5-base-lm-adapt")
+    start.add_argument("--size", choices=SIZES, help="fresh weights of this size, in place of --start")
+    command.add_argument("--tokenizer", help="folder, file or public name; that of --start without it")
+    for item in fields(HINTConfig):
+        kind = float if item.type == "float" else int
+        command.add_argument(flag(item), type=kind, help=f"of a new hypernetwork (without it {item.default})")
+    for item in fields(Recipe):
+        default, text = getattr(recipe, item.name), item.metadata["help"]
+        if item.name in left_out:
+            continue
+        if item.type == "bool":
+            command.add_argument(flag(item), action="store_true", help=text)
+        else:
+            command.add_argument(flag(item), type={"int": int, "float": float, "str": str}[item.type], default=default, help=text)
+    command.add_argument("--out", required=True, help="folder of the run")
+    command.add_argument("--resume", action="store_true", help="go on with the run in --out, with the same options")
+
+
+def add_answering_options(command: Parser) -> None:
+    command.add_argument("--model", required=True, help="folder of a run, or a public T5")
+    command.add_argument("--tokenizer", help="folder, file or public name; that of --model without it")
+    command.add_argument("--system", choices=SYSTEMS, help="prompt format of a T5 that does not tell its own: tk-instruct without it")
+    command.add_argument("--examples", type=at_least(0), help="positive examples in the instruction; as in training without it")
+    command.add_argument("--max-new-tokens", type=at_least(1), help="longest answer; as in training without it")
+    command.add_argument("--batch-size", type=at_least(1), default=32, help="inputs answered at once")
+    command.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+
+
+def flag(item) -> str:
+    return "--" + item.name.replace("_", "-")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        return int(text)
+
+    return number
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one command; what a user can mend ends in one sentence and exit status 1 (2 for the command line)."""
+    words = sys.argv[1:] if words is None else words
+    arguments = parser().parse_args(words or ["demo"])
+    try:
+        arguments.function(arguments)
+    except (RunError, CheckpointError, DataError) as error:
+        sys.exit(f"train.py: {error}")
+    except OSError as error:
+        sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()
