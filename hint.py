@@ -31,13 +31,14 @@ class HINTConfig:
     bottleneck: int = 512  # r, hidden width of each adapter
     prefix_length: int = 30  # P, generated keys and values of each attention
     generator_dropout: float = 0.1  # in the generating networks; the authors' code has 0.1 whatever T5 has
+    embedding_scale: float = 1.0  # column embeddings begin with a std of this times d^-0.5; more helps from scratch
 
     def __post_init__(self) -> None:
-        for name in ("bottleneck", "prefix_length"):
-            if type(getattr(self, name)) is not int or not 1 <= getattr(self, name) <= 10**5:
-                raise CheckpointError(f"{name} must be a whole number from 1 to 100,000, not {getattr(self, name)!r:.40}")
-        if type(self.generator_dropout) not in (int, float) or not 0 <= self.generator_dropout < 1:
-            raise CheckpointError(f"generator_dropout must be at least 0 and below 1, not {self.generator_dropout!r:.40}")
+        bounds = {"bottleneck": (int, 1, 1e5), "prefix_length": (int, 1, 1e5), "generator_dropout": (float, 0, 0.99), "embedding_scale": (float, 0, 1e3)}
+        for name, (kind, least, most) in bounds.items():
+            value = getattr(self, name)
+            if type(value) not in (int, kind) or not least <= value <= most:
+                raise CheckpointError(f"{name} must be from {least} to {most:g}, not {value!r:.40}")
 
 
 class EncodedTask(NamedTuple):
@@ -89,7 +90,7 @@ class HINT(nn.Module):
         super().__init__()
         self.config = config
         self.t5 = t5
-        self.hypernetwork = ColumnGenerator(t5.config, config.bottleneck, config.prefix_length, config.generator_dropout)
+        self.hypernetwork = ColumnGenerator(t5.config, **asdict(config))
 
     def encode_instruction(self, instruction_ids: Tensor, attention_mask: Tensor | None = None) -> EncodedTask:
         """Read instructions [B, Li], once: hyperencoder and generator (section 3.1).

@@ -61,17 +61,19 @@ class ColumnGenerator(nn.Module):
     the padding of the instruction is masked.
     """
 
-    def __init__(self, config: T5Config, bottleneck: int, prefix_length: int, dropout: float) -> None:
+    def __init__(
+        self, config: T5Config, bottleneck: int, prefix_length: int, generator_dropout: float = 0.0, embedding_scale: float = 1.0
+    ) -> None:
         super().__init__()
         d = config.d_model
         self.heads, self.scale = config.num_heads, d**-0.5
         self.kinds = generated_kinds(config, bottleneck, prefix_length)
         self.encoder_layers = config.num_layers
         self.embeddings = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(kind.slots * kind.columns, d) * d**-0.5) for name, kind in self.kinds.items()}
+            {name: nn.Parameter(torch.randn(kind.slots * kind.columns, d) * embedding_scale * d**-0.5) for name, kind in self.kinds.items()}
         )
         self.attention = Attention(config)
-        self.networks = nn.ModuleDict({name: _network(d, kind.width, dropout) for name, kind in self.kinds.items()})
+        self.networks = nn.ModuleDict({name: _network(d, kind.width, generator_dropout) for name, kind in self.kinds.items()})
         self._initialise(config)
 
     def _initialise(self, config: T5Config) -> None:

@@ -33,7 +33,7 @@ from data import (
     TkInstructFormat, collate, encode_tasks, load_tasks, load_tokenizer, pad, score, toy_tokenizer, toy_world,
 )  # fmt: skip
 from hint import HINT, HINTConfig, PlainT5, load_model
-from t5 import SIZES, T5, Z_LOSS, CheckpointError, T5Config, read_config, read_metadata, replacing
+from t5 import SIZES, T5, Z_LOSS, CheckpointError, T5Config, read_config, read_json, read_metadata, replacing
 
 
 class RunError(ValueError):
@@ -84,9 +84,13 @@ RECIPES = {
     "pretrain": Recipe(steps=10_000, dropout=0.0, max_instruction=512, max_input=512, max_target=512),
     "finetune": Recipe(),
 }
-DEMO = Recipe(steps=2000, batch_size=64, group=4, microbatch=64, learning_rate=0.03, warmup=100, final_rate=0.05, dropout=0.0, max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000)
+DEMO = Recipe(
+    steps=2000, batch_size=64, group=2, microbatch=64,  # two instances of each of 32 tasks
+    learning_rate=0.03, warmup=100, final_rate=0.05,  # the paper's 1e-3 suits a pretrained model; this one starts from nothing
+    dropout=0.0, max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000,
+)  # fmt: skip
 DEMO_T5 = T5Config(d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1, dropout_rate=0.0)
-DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0)
+DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0, embedding_scale=8.0)
 NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")  # one --max-input is the length of a segment
 SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": NoInstructFormat}
 
@@ -117,7 +121,7 @@ class Run:
         path = self.out / "config.json"
         if not path.is_file():
             return  # stopped before its first checkpoint
-        before = json.loads(path.read_text("utf-8")).get("run", {})
+        before = read_json(path).get("run", {})
         for name, value in self.settings.items():
             if name != "steps" and name in before and before[name] != value:
                 raise RunError(f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options")
@@ -125,15 +129,14 @@ class Run:
     def _forget_log_behind(self, step: int) -> None:
         path = self.out / "log.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text("utf-8").splitlines() if json.loads(line)["step"] <= step]
-            write(path, "".join(line + "\n" for line in kept))
+            write(path, "".join(line for line in path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step))
 
     def log(self, **entry) -> None:
         """One more line of `log.jsonl`."""
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, source) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, source, meter: Meter) -> None:
         """A checkpoint: first the training state, then the weights, which name the step whose state is theirs.
 
         Each file is written beside and renamed, so at any moment the folder holds one whole checkpoint.
@@ -141,6 +144,7 @@ class Run:
         state = {
             "optimizer": optimizer.state_dict(),
             "position": source.position,
+            "losses": meter.losses,
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -162,6 +166,14 @@ class Run:
             raise RunError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.80})") from None
 
 
+def _step_of(line: str) -> float:
+    """The step of a line of `log.jsonl`; infinite where a run was killed while it wrote the line."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
 def write(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as file:
@@ -181,11 +193,10 @@ def train(
     device, context = device_and_precision(recipe.precision)
     model.to(device).train()
     model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
-    optimizer = adafactor(model, recipe.learning_rate)
+    optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
     if run.step:
-        restore(optimizer, run.state())
+        restore(optimizer, meter, run.state())
     bar = tqdm(range(run.step + 1, recipe.steps + 1), initial=run.step, total=recipe.steps, mininterval=0.5 if sys.stderr.isatty() else 10)
-    meter = Meter()
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
         examples = source.take(recipe.batch_size)
@@ -199,7 +210,7 @@ def train(
             run.log(step=step, **meter.read())
             bar.set_postfix(loss=f"{meter.last_loss:.3f}")
         if step % recipe.save_every == 0 or step == recipe.steps:
-            run.save(step, model, optimizer, source)
+            run.save(step, model, optimizer, source, meter)
         if evaluate and recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps:
             evaluate(step)
             model.train()
@@ -241,9 +252,10 @@ def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, 
     return total / tokens
 
 
-def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Optimizer and random numbers as they were; the weights and the position in the data are restored elsewhere."""
+def restore(optimizer: torch.optim.Optimizer, meter: Meter, state: dict) -> None:
+    """Optimizer, losses not logged yet and random numbers as they were; weights and data have been read before."""
     optimizer.load_state_dict(state["optimizer"])
+    meter.losses = state["losses"]
     torch.set_rng_state(state["random"])
     if state["random_cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random_cuda"])
@@ -257,16 +269,16 @@ class Meter:
         self._start_again()
 
     def _start_again(self) -> None:
-        self._losses, self._tokens, self._began = [], 0, time.perf_counter()
+        self.losses, self._tokens, self._began = [], 0, time.perf_counter()
 
     def add(self, loss: float, examples: Iterable[Ids]) -> None:
         """Count one step."""
-        self._losses.append(loss)
+        self.losses.append(loss)
         self._tokens += sum(map(len, (ids for example in examples for ids in example)))
 
     def read(self) -> dict[str, float]:
         """What `log.jsonl` says of these steps."""
-        self.last_loss = sum(self._losses) / len(self._losses)
+        self.last_loss = sum(self.losses) / len(self.losses)
         entry = {"loss": self.last_loss, "tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
         self._start_again()
         return entry
@@ -376,6 +388,7 @@ def print_scores(table: dict[str, dict[str, float]]) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny HINT on the toy world, score it on what it has never seen, and show what it says."""
     recipe = replace(DEMO, seed=arguments.seed)
+    torch.set_num_threads(1)  # in so small a model a second thread gains a quarter, and loses tenfold where its core is busy
     run = Run(arguments.out or first_free("runs/demo"), {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)})
     world = toy_world(recipe.seed)
     tokenizer = toy_tokenizer()
@@ -389,7 +402,7 @@ def demo(arguments: argparse.Namespace) -> None:
     answerer = Answerer(model, prompts, recipe.max_target, 64, recipe.precision)
     tests = {"unseen arguments": world.unseen_arguments, "unseen compositions": world.unseen_compositions}
     rows = {name: answerer.predictions(tasks) for name, tasks in tests.items()}
-    blind = {f"{name}, no instruction": answerer.predictions(map(without_instruction, tasks)) for name, tasks in tests.items()}
+    blind = {f"{name}, no instruction": answerer.predictions([without_instruction(task) for task in tasks]) for name, tasks in tests.items()}
     report(rows, run.out, control=blind)
     show_answers([task for tasks in tests.values() for task in tasks], [row for found in rows.values() for row in found])
     task = world.unseen_compositions[0]

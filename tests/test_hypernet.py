@@ -32,7 +32,7 @@ def loop_from_the_paper(generator, config, states, mask):
 
 def test_every_generated_value_is_that_of_a_plain_loop():
     config = tiny_config()
-    generator = ColumnGenerator(config, bottleneck=5, prefix_length=4, dropout=0.0).eval()
+    generator = ColumnGenerator(config, bottleneck=5, prefix_length=4).eval()
     states, mask = torch.randn(2, 7, config.d_model), torch.ones(2, 7)
     mask[1, 4:] = 0
     modules = generator(states, mask)
@@ -72,7 +72,7 @@ def test_parameter_counts_are_those_of_the_formula(size, bottleneck, prefix):
     """By hand, for h*k = d: embeddings of L adapters and A prefixes, the attention, six networks of two layers."""
     config = SIZES[size]
     with torch.device("meta"):
-        found = sum(p.numel() for p in ColumnGenerator(config, bottleneck, prefix, 0.0).parameters())
+        found = sum(p.numel() for p in ColumnGenerator(config, bottleneck, prefix).parameters())
     d, inner = config.d_model, config.num_heads * config.d_kv
     adapters, prefixes = 2 * config.num_layers, 3 * config.num_layers
     embeddings = (adapters * (2 * bottleneck + 2) + prefixes * 2 * prefix) * d
@@ -96,13 +96,20 @@ def test_a_wider_adapter_costs_embeddings_and_no_wider_network():
     assert wide[0] == narrow[0] and wide[1] == 8 * narrow[1]
 
 
-def test_bottleneck_prefix_length_and_dropout_change_what_is_generated():
+def test_each_size_and_rate_changes_what_is_generated():
     config, states, mask = tiny_config(), torch.randn(1, 7, 24), torch.ones(1, 7)
     for bottleneck, prefix in ((1, 9), (6, 2)):
-        layer = ColumnGenerator(config, bottleneck, prefix, 0.0)(states, mask).decoder[0]
+        layer = ColumnGenerator(config, bottleneck, prefix)(states, mask).decoder[0]
         assert layer.adapter.down.shape == (1, 24, bottleneck) and layer.adapter.up.shape == (1, bottleneck, 24)
         assert layer.adapter.down_bias.shape == (1, 1, bottleneck) and layer.adapter.up_bias.shape == (1, 1, 24)
         assert layer.prefix.key.shape == layer.cross_prefix.value.shape == (1, 3, prefix, 10)
+    torch.manual_seed(1)
+    small = ColumnGenerator(config, 4, 3)
+    torch.manual_seed(1)
+    large = ColumnGenerator(config, 4, 3, embedding_scale=3.0)
+    for name, embedding in small.embeddings.items():
+        torch.testing.assert_close(large.embeddings[name], 3 * embedding)
+    assert torch.cat([*small.embeddings.values()]).std().item() == pytest.approx(24**-0.5, rel=0.1)
     generator = ColumnGenerator(config, 4, 3, HINTConfig().generator_dropout)
     twice = [generator(states, mask).encoder[0].prefix.key for _ in range(2)]
     assert not torch.equal(*twice)
