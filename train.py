@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import (
     PAD, Batch, DataError, HINTFormat, Ids, Instance, NoInstructFormat, PretrainingChunks, PromptFormat, Shuffled, Task,
-    TkInstructFormat, collate, encode_tasks, load_tasks, load_tokenizer, pad, score, toy_tokenizer, toy_world,
+    TkInstructFormat, ToyWorld, collate, encode_tasks, load_tasks, load_tokenizer, pad, score, toy_tokenizer, toy_world,
 )  # fmt: skip
 from hint import HINT, HINTConfig, PlainT5, load_model
 from t5 import SIZES, T5, Z_LOSS, CheckpointError, T5Config, read_config, read_json, read_metadata, replacing
@@ -391,23 +391,30 @@ def demo(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # in so small a model a second thread gains a quarter, and loses tenfold where its core is busy
     run = Run(arguments.out or first_free("runs/demo"), {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)})
     world = toy_world(recipe.seed)
-    tokenizer = toy_tokenizer()
-    prompts = prompt_format("hint", tokenizer, 0, recipe)
-    torch.manual_seed(recipe.seed)
-    model = HINT(T5(replace(DEMO_T5, vocab_size=tokenizer.get_vocab_size())), DEMO_HINT)
-    print(f"A HINT of {sum(p.numel() for p in model.parameters()):,} parameters learns {len(world.train):,} toy tasks, such as")
+    print(f"A tiny HINT learns {len(world.train):,} toy tasks, such as")
     show(world.train[:2])
-    source = Shuffled(encode_tasks(world.train, prompts, recipe.max_target, recipe.seed), recipe.seed, group=recipe.group)
-    train(model, tokenizer, source, recipe, run)
-    answerer = Answerer(model, prompts, recipe.max_target, 64, recipe.precision)
+    answerer = learn_toy_world(world, recipe, DEMO_T5, DEMO_HINT, run)
     tests = {"unseen arguments": world.unseen_arguments, "unseen compositions": world.unseen_compositions}
     rows = {name: answerer.predictions(tasks) for name, tasks in tests.items()}
-    blind = {f"{name}, no instruction": answerer.predictions([without_instruction(task) for task in tasks]) for name, tasks in tests.items()}
+    blind = {f"{name}, no instruction": answerer.predictions([without_instruction(t) for t in tasks]) for name, tasks in tests.items()}
     report(rows, run.out, control=blind)
     show_answers([task for tasks in tests.values() for task in tasks], [row for found in rows.values() for row in found])
     task = world.unseen_compositions[0]
     print(f"\nAll of it lies in {run.out}. Ask it yourself:")
     print(f'  python train.py predict --model {run.out} --instruction "{task.definition}" "{task.instances[0].input}"')
+
+
+def learn_toy_world(
+    world: ToyWorld, recipe: Recipe, t5_config: T5Config, hint_config: HINTConfig, run: Run, examples: int = 0
+) -> Answerer:
+    """Train a HINT from scratch on the training tasks of a toy world."""
+    tokenizer = toy_tokenizer()
+    prompts = prompt_format("hint", tokenizer, examples, recipe)
+    torch.manual_seed(recipe.seed)
+    model = HINT(T5(replace(t5_config, vocab_size=tokenizer.get_vocab_size())), hint_config)
+    source = Shuffled(encode_tasks(world.train, prompts, recipe.max_target, recipe.seed), recipe.seed, group=recipe.group)
+    train(model, tokenizer, source, recipe, run)
+    return Answerer(model, prompts, recipe.max_target, 64, recipe.precision)
 
 
 def without_instruction(task: Task) -> Task:
