@@ -180,7 +180,7 @@ class Task:
 
 
 def load_tasks(sni_dir: str | os.PathLike, split: str, max_instances: int = 100) -> list[Task]:
-    """Tasks of a split, in the layout of the data set's repository: `splits/default/SPLIT_tasks.txt` and `tasks/*.json`.
+    """Tasks of a split, as the data set's repository lays them out: `splits/default/SPLIT_tasks.txt`, `tasks/*.json`.
 
     The first `max_instances` of each task, which is what published scores are taken on. Raises DataError.
     """
@@ -257,12 +257,14 @@ class Ids(NamedTuple):
 class PromptFormat:
     """Text of a task as a model reads it; how long it may be, and how many examples of the task it shows."""
 
-    def __init__(self, tokenizer: Tokenizer, examples: int = 0, max_instruction: int = 1024, max_input: int = 1024) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, examples: int = 0, max_instruction: int = 1024, max_input: int = 1024
+    ) -> None:
         self.tokenizer, self.examples = tokenizer, examples
         self.max_instruction, self.max_input = max_instruction, max_input
 
     def __call__(self, task: Task) -> list[tuple[list[int], list[int]]]:
-        """(instruction ids, input ids) of each instance of a task; the instruction is one list that all of them share."""
+        """(instruction ids, input ids) of each instance of a task; all of them share one list as the instruction."""
         raise NotImplementedError
 
     def _bare_inputs(self, task: Task) -> list[list[int]]:
@@ -274,7 +276,7 @@ class PromptFormat:
 
 
 class HINTFormat(PromptFormat):
-    """The instruction for the hypernetwork, the bare input for T5, as the authors' code formats Super-NaturalInstructions.
+    """The instruction for the hypernetwork and the bare input for T5, in the words of the authors' code.
 
     `Def`: the definition alone. `Def + 2 Pos`: `Definition: ...` behind the examples, of which each is put before
     the last. An example with which the instruction would be too long is left out, and the next one tried.
@@ -381,7 +383,10 @@ class Shuffled:
     def _next(self) -> Ids:
         epoch, place = divmod(self.position, len(self.examples))
         if epoch != self._epoch:
-            groups = [range(len(self.examples))[start : start + self.group] for start in range(0, len(self.examples), self.group)]
+            groups = [
+                range(len(self.examples))[start : start + self.group]
+                for start in range(0, len(self.examples), self.group)
+            ]
             random.Random(f"{self.seed}/{epoch}").shuffle(groups)
             self._epoch, self._order = epoch, [place for group in groups for place in group]
         self.position += 1
@@ -399,7 +404,12 @@ class PretrainingChunks:
     documents = 128
 
     def __init__(
-        self, paths: Sequence[str | os.PathLike], tokenizer: Tokenizer, length: int, seed: int, position: Sequence[int] = (0, 0)
+        self,
+        paths: Sequence[str | os.PathLike],
+        tokenizer: Tokenizer,
+        length: int,
+        seed: int,
+        position: Sequence[int] = (0, 0),
     ) -> None:
         self.paths, self.tokenizer, self.length, self.seed = [Path(path) for path in paths], tokenizer, length, seed
         for path in self.paths:
@@ -420,7 +430,9 @@ class PretrainingChunks:
         texts = self._texts()
         next(islice(texts, group * self.documents, group * self.documents), None)  # read past what is used up
         while True:
-            ids = [i for encoding in self.tokenizer.encode_batch(list(islice(texts, self.documents))) for i in encoding.ids]
+            ids = [
+                i for encoding in self.tokenizer.encode_batch(list(islice(texts, self.documents))) for i in encoding.ids
+            ]
             draw = random.Random(f"{self.seed}/{group}")
             for number, start in enumerate(range(0, len(ids) - self.length + 1, self.length)):
                 example = self._split(ids[start : start + self.length], draw)
@@ -489,14 +501,17 @@ _KINDS = {
     "garment": "jacket shirt glove scarf boot hat", "sport": "tennis rugby chess golf hockey judo",
 }  # fmt: skip
 _KIND_OF = {word: kind for kind, words in _KINDS.items() for word in words.split()}
-_ARGUMENTS = "pom zet quib larn voft mish drel tunk wob fep glim narv brask crell dorf ennet flin gruv hesk jilt".split()
+_ARGUMENTS = """
+    pom zet quib larn voft mish drel tunk wob fep glim narv brask crell dorf ennet flin gruv hesk jilt
+""".split()
 _OR_LAST = " or last"  # "fruit or last" selects the fruit, or the last word where there is no fruit
+_OTHERWISE = ["(else the last word)", "or else the final word", "(without one, the last word)"]
 _SELECTIONS = {  # how an instruction may name each word that can be selected
     "first": ["the first word", "the word in front", "the word at the start"],
     "last": ["the last word", "the final word", "the word at the end"],
     **{kind: [f"the {kind}", f"the {kind} in it", f"the word for the {kind}"] for kind in _KINDS},
     **{
-        kind + _OR_LAST: [f"the {kind} (else the last word)", f"the {kind} or else the final word", f"the {kind} (without one, the last word)"]
+        kind + _OR_LAST: [f"the {kind} {otherwise}" for otherwise in _OTHERWISE]
         for kind in _KINDS
     },
 }  # fmt: skip
@@ -544,12 +559,15 @@ class Rule(NamedTuple):
 
     def definition(self, draw: random.Random) -> str:
         """One of the ways to say it."""
-        parts = [draw.choice(_TRANSFORMATIONS[slot.transformation][1]).format(draw.choice(_SELECTIONS[slot.selection])) for slot in self.slots]
+        parts = [
+            draw.choice(_TRANSFORMATIONS[slot.transformation][1]).format(draw.choice(_SELECTIONS[slot.selection]))
+            for slot in self.slots
+        ]
         said = parts[0] if len(parts) == 1 else draw.choice(_JOINS).format(*parts)
         return f"{draw.choice(_VERBS)} {said}{draw.choice(_FRAMES[self.frame]).format(self.argument)}."
 
     def draw_input(self, draw: random.Random, kinds: list[str]) -> list[str]:
-        """Words of different kinds, among them those that the slots select; a kind with a fallback is there every other time."""
+        """Words of different kinds: those that the slots select, every other time those that have a fallback, and more."""
         selected = [slot.selection for slot in self.slots]
         needed = [kind for kind in kinds if kind in selected]
         doubtful = [kind for kind in kinds if kind + _OR_LAST in selected and kind not in needed]
@@ -588,7 +606,9 @@ def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6,
         rules.update((name, held_out.draw_rule(part)) for name in names)
         return [_task(name, rules[name], draw, held_out.kinds, instances) for name in names]
 
-    return ToyWorld(some("train", tasks, instances), some("unseen-arguments", 64, 4), some("unseen-compositions", 64, 4), rules)
+    return ToyWorld(
+        some("train", tasks, instances), some("unseen-arguments", 64, 4), some("unseen-compositions", 64, 4), rules
+    )
 
 
 class _HeldOut:
@@ -603,7 +623,9 @@ class _HeldOut:
         self.draw, self.kinds, self.arguments = draw, kinds, arguments
         self.selections = ["first", "last", *kinds, *(kind + _OR_LAST for kind in kinds)]
         ring = draw.sample(list(_TRANSFORMATIONS), len(_TRANSFORMATIONS))
-        self.compositions = {(ring[i - step], ring[i]) for i in range(len(ring)) for step in range(1, 1 + self.successors)}
+        self.compositions = {
+            (ring[i - step], ring[i]) for i in range(len(ring)) for step in range(1, 1 + self.successors)
+        }
         pairs = list(product(arguments, self.selections))
         self.pairs = set(draw.sample(pairs, len(pairs) // 5))
 
@@ -618,7 +640,9 @@ class _HeldOut:
 
     def _any_rule(self) -> Rule:
         count = 1 if self.draw.random() < 0.3 else 2
-        slots = tuple(Slot(self.draw.choice(self.selections), self.draw.choice(list(_TRANSFORMATIONS))) for _ in range(count))
+        slots = tuple(
+            Slot(self.draw.choice(self.selections), self.draw.choice(list(_TRANSFORMATIONS))) for _ in range(count)
+        )
         frame = self.draw.choice(list(_FRAMES))
         return Rule(slots, frame, "" if frame == "none" else self.draw.choice(self.arguments))
 
@@ -630,21 +654,31 @@ def _task(name: str, rule: Rule, draw: random.Random, kinds: list[str], instance
         texts[" ".join(words)] = rule.answer(words)
     pairs = list(texts.items())
     shown = tuple(Example(*pair) for pair in pairs[:examples])
-    asked = tuple(Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[examples:]))
+    asked = tuple(
+        Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[examples:])
+    )
     return Task(name, rule.definition(draw), shown, asked)
 
 
 def toy_tokenizer() -> Tokenizer:
     """Every word of the toy world and of the prompt formats is a token, and so is every punctuation mark."""
     words = list(_KIND_OF)
-    texts = [*words, *_ARGUMENTS, *_VERBS, *_JOINS, *(text for said in (*_SELECTIONS.values(), *_FRAMES.values()) for text in said)]
+    texts = [
+        *words,
+        *_ARGUMENTS,
+        *_VERBS,
+        *_JOINS,
+        *(text for said in (*_SELECTIONS.values(), *_FRAMES.values()) for text in said),
+    ]
     for transform, said in _TRANSFORMATIONS.values():
         texts += [*said, *map(transform, words)]
     texts.append("Definition: Positive Example 1 2 3 4 - Now complete the following example - Input: Output: , .")
     split = pre_tokenizers.BertPreTokenizer()  # at spaces and punctuation
     known = sorted({token for text in texts for token, _ in split.pre_tokenize_str(text)} - {"{", "}"})
     special = ["<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.WordLevel({token: number for number, token in enumerate(special + known)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({token: number for number, token in enumerate(special + known)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = split
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.add_special_tokens(special)

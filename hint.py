@@ -19,8 +19,22 @@ from torch import Tensor, nn
 
 from hypernet import ColumnGenerator
 from t5 import (
-    T5, Adapter, CheckpointError, KeyValue, LayerModules, Loss, Modules, T5Config, fill, padding_mask,
-    read_config, read_weights, replacing, save_folder, shift_right, token_loss,
+    T5,
+    Adapter,
+    CheckpointError,
+    KeyValue,
+    LayerModules,
+    Loss,
+    Modules,
+    T5Config,
+    fill,
+    padding_mask,
+    read_config,
+    read_weights,
+    replacing,
+    save_folder,
+    shift_right,
+    token_loss,
 )  # fmt: skip
 
 
@@ -34,7 +48,12 @@ class HINTConfig:
     embedding_scale: float = 1.0  # column embeddings begin with a std of this times d^-0.5; more helps from scratch
 
     def __post_init__(self) -> None:
-        bounds = {"bottleneck": (int, 1, 1e5), "prefix_length": (int, 1, 1e5), "generator_dropout": (float, 0, 0.99), "embedding_scale": (float, 0, 1e3)}
+        bounds = {
+            "bottleneck": (int, 1, 1e5),
+            "prefix_length": (int, 1, 1e5),
+            "generator_dropout": (float, 0, 0.99),
+            "embedding_scale": (float, 0, 1e3),
+        }
         for name, (kind, least, most) in bounds.items():
             value = getattr(self, name)
             if type(value) not in (int, kind) or not least <= value <= most:
@@ -64,7 +83,9 @@ class EncodedTask(NamedTuple):
             with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, Adapter, KeyValue]):
                 task = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(f"{path}: is not an encoded task ({str(error).strip().partition(chr(10))[0]:.120})") from None
+            raise CheckpointError(
+                f"{path}: is not an encoded task ({str(error).strip().partition(chr(10))[0]:.120})"
+            ) from None
         if not isinstance(task, EncodedTask):
             raise CheckpointError(f"{path}: is not an encoded task")
         return task
@@ -141,7 +162,9 @@ class HINT(nn.Module):
         """A public T5 with a new hypernetwork, in eval mode. Raises CheckpointError."""
         return cls(T5.from_pretrained(name_or_dir), config or HINTConfig()).eval()
 
-    def save_pretrained(self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
         """Write `config.json` (with `notes` added) and `model.safetensors`: all that `from_pretrained` needs."""
         config = {"model_type": "hint", **asdict(self.config), "t5": asdict(self.t5.config), **(notes or {})}
         save_folder(folder, config, dict(self.named_parameters()), metadata or {})
@@ -187,7 +210,9 @@ class PlainT5(nn.Module):
         """Greedy answers [B, <= max_new_tokens] to inputs [B, S]."""
         return self.t5.generate(input_ids, attention_mask, max_new_tokens)
 
-    def save_pretrained(self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
         """A folder that this project and transformers read as a T5."""
         self.t5.save_pretrained(folder, notes, metadata)
 

@@ -62,7 +62,12 @@ class ColumnGenerator(nn.Module):
     """
 
     def __init__(
-        self, config: T5Config, bottleneck: int, prefix_length: int, generator_dropout: float = 0.0, embedding_scale: float = 1.0
+        self,
+        config: T5Config,
+        bottleneck: int,
+        prefix_length: int,
+        generator_dropout: float = 0.0,
+        embedding_scale: float = 1.0,
     ) -> None:
         super().__init__()
         d = config.d_model
@@ -70,10 +75,15 @@ class ColumnGenerator(nn.Module):
         self.kinds = generated_kinds(config, bottleneck, prefix_length)
         self.encoder_layers = config.num_layers
         self.embeddings = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(kind.slots * kind.columns, d) * embedding_scale * d**-0.5) for name, kind in self.kinds.items()}
+            {
+                name: nn.Parameter(torch.randn(kind.slots * kind.columns, d) * embedding_scale * d**-0.5)
+                for name, kind in self.kinds.items()
+            }
         )
         self.attention = Attention(config)
-        self.networks = nn.ModuleDict({name: _network(d, kind.width, generator_dropout) for name, kind in self.kinds.items()})
+        self.networks = nn.ModuleDict(
+            {name: _network(d, kind.width, generator_dropout) for name, kind in self.kinds.items()}
+        )
         self._initialise(config)
 
     def _initialise(self, config: T5Config) -> None:
@@ -104,7 +114,10 @@ class ColumnGenerator(nn.Module):
                 adapter_down.unbind(1), adapter_down_bias.unbind(1), adapter_up.unbind(1), adapter_up_bias.unbind(1)
             )
         ]
-        prefixes = [KeyValue(self._by_head(key), self._by_head(value)) for key, value in zip(prefix_key.unbind(1), prefix_value.unbind(1))]
+        prefixes = [
+            KeyValue(self._by_head(key), self._by_head(value))
+            for key, value in zip(prefix_key.unbind(1), prefix_value.unbind(1))
+        ]
         first = self.encoder_layers
         return Modules(
             encoder=tuple(map(LayerModules, adapters[:first], prefixes[:first])),

@@ -77,7 +77,9 @@ class T5Config:
         the states are scaled; earlier versions scaled whenever the embeddings were tied.
         """
         known = {field.name: found[field.name] for field in fields(cls) if found.get(field.name) is not None}
-        absent = {name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in known}
+        absent = {
+            name for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads") if name not in known
+        }
         if absent:
             raise CheckpointError(f"lacks {', '.join(sorted(absent))}")
         tied = found.get("tie_word_embeddings", True)
@@ -178,7 +180,9 @@ class RMSNorm(nn.Module):
         return self.weight * (x * torch.rsqrt(mean_square + self.epsilon)).type_as(x)
 
 
-def relative_position_bucket(relative_position: Tensor, bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+def relative_position_bucket(
+    relative_position: Tensor, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Tensor:
     """Bucket of each (key position - query position): exact when near, logarithmic when far, one beyond
     `max_distance` (Raffel et al., 2020, section 2.1). Any shape of integers -> the same shape in [0, num_buckets).
 
@@ -343,7 +347,7 @@ class Stack(nn.Module):
 
     def forward(
         self, x: Tensor, bias: Tensor, layers: tuple[LayerModules, ...],
-        memory: Tensor | None = None, memory_bias: Tensor | None = None, caches: Iterable[LayerCache | None] | None = None,
+        memory: Tensor | None = None, memory_bias: Tensor | None = None, caches: Iterable[LayerCache] | None = None,
     ) -> Tensor:  # fmt: skip
         """Embeddings [B, S, d] -> states [B, S, d]; `bias` and `memory_bias` are for real tokens alone."""
         bias = _past_prefix(bias, layers[0].prefix)
@@ -399,7 +403,9 @@ class T5(nn.Module):
         bias = self.encoder.relative_bias(length, length) + padding_bias(mask)  # [B, h, S, S]
         return self.encoder(self.shared(input_ids), bias, modules.encoder)
 
-    def decode(self, decoder_input_ids: Tensor, memory: Tensor, memory_mask: Tensor, modules: Modules | None = None) -> Tensor:
+    def decode(
+        self, decoder_input_ids: Tensor, memory: Tensor, memory_mask: Tensor, modules: Modules | None = None
+    ) -> Tensor:
         """Decoder ids [B, T], encoder states [B, S, d] and their mask [B, S] -> logits [B, T, V]."""
         modules = modules or Modules.none(self.config)
         length = decoder_input_ids.shape[1]
@@ -426,7 +432,9 @@ class T5(nn.Module):
         return self.decode_greedily(self.encode(input_ids, mask), mask, None, max_new_tokens)
 
     @torch.inference_mode()
-    def decode_greedily(self, memory: Tensor, memory_mask: Tensor, modules: Modules | None, max_new_tokens: int) -> Tensor:
+    def decode_greedily(
+        self, memory: Tensor, memory_mask: Tensor, modules: Modules | None, max_new_tokens: int
+    ) -> Tensor:
         """The most probable next token, again and again, until every row has ended: [B, <= max_new_tokens]."""
         modules = modules or Modules.none(self.config)
         caches = self._caches(memory, modules, max_new_tokens)
@@ -474,7 +482,9 @@ class T5(nn.Module):
         fill(model, tensors, public_name, source=name_or_dir)
         return model.eval()
 
-    def save_pretrained(self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
         """Write `config.json` (with `notes` added) and `model.safetensors` (with `metadata` in its header).
 
         Tensors go under their public names, so that transformers reads the folder too.
@@ -606,7 +616,9 @@ def read_config(name_or_dir: str | os.PathLike, parse: Callable[[dict], object])
     """What `parse` makes of the `config.json` of a folder or repository; its CheckpointError gets the file's name."""
     path = fetch(name_or_dir, "config.json")
     if path is None:
-        raise CheckpointError(f"{name_or_dir}: no config.json there (neither a checkpoint's folder nor a public name in reach)")
+        raise CheckpointError(
+            f"{name_or_dir}: no config.json there (neither a checkpoint's folder nor a public name in reach)"
+        )
     found = read_json(path)
     try:
         return parse(found)
@@ -627,7 +639,9 @@ def read_weights(name_or_dir: str | os.PathLike) -> dict[str, Tensor]:
     raise CheckpointError(f"{name_or_dir}: no model.safetensors and no pytorch_model.bin there")
 
 
-def _read_shards(name_or_dir: str | os.PathLike, index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _read_shards(
+    name_or_dir: str | os.PathLike, index: Path, read: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
         raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
@@ -651,7 +665,9 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: is not a file of plain tensors that torch.load can read ({reason:.120})") from None
+        raise CheckpointError(
+            f"{path}: is not a file of plain tensors that torch.load can read ({reason:.120})"
+        ) from None
     if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
         raise CheckpointError(f"{path}: is not a dictionary of tensors")
     return found
@@ -662,7 +678,10 @@ _LONGEST_HEADER = 100_000_000  # the limit that the format's own library sets
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, mapped from disk: 8 bytes of length, a JSON header, raw data. Raises CheckpointError."""
+    """Tensors of a safetensors file (8 bytes of length, a JSON header, raw data), mapped from disk.
+
+    Raises CheckpointError.
+    """
     header, body = _open_safetensors(path)
     header.pop("__metadata__", None)
     try:

@@ -29,8 +29,27 @@ from torch import nn
 from tqdm import tqdm
 
 from data import (
-    PAD, Batch, DataError, HINTFormat, Ids, Instance, NoInstructFormat, PretrainingChunks, PromptFormat, Shuffled, Task,
-    TkInstructFormat, ToyWorld, collate, encode_tasks, load_tasks, load_tokenizer, pad, score, toy_tokenizer, toy_world,
+    PAD,
+    Batch,
+    DataError,
+    HINTFormat,
+    Ids,
+    Instance,
+    NoInstructFormat,
+    PretrainingChunks,
+    PromptFormat,
+    Shuffled,
+    Task,
+    TkInstructFormat,
+    ToyWorld,
+    collate,
+    encode_tasks,
+    load_tasks,
+    load_tokenizer,
+    pad,
+    score,
+    toy_tokenizer,
+    toy_world,
 )  # fmt: skip
 from hint import HINT, HINTConfig, PlainT5, load_model
 from t5 import SIZES, T5, Z_LOSS, CheckpointError, T5Config, read_config, read_json, read_metadata, replacing
@@ -54,24 +73,42 @@ class Recipe:
 
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(1024, "examples a step")
-    group: int = option(1, "examples of one task that come together; more of them mean fewer instructions to encode a step")
-    microbatch: int = option(16, "examples at once on the device; any number gives the same gradient, a smaller one takes less memory")
+    group: int = option(
+        1, "examples of one task that come together; more of them mean fewer instructions to encode a step"
+    )
+    microbatch: int = option(
+        16, "examples at once on the device; any number gives the same gradient, a smaller one takes less memory"
+    )
     learning_rate: float = option(1e-3, "of Adafactor, relative to the size of each parameter; constant in the paper")
     warmup: int = option(0, "steps over which the learning rate rises; a model from scratch wants some")
-    final_rate: float = option(1.0, "what a cosine lets the learning rate fall to, as a part of it; 1 keeps it constant")
+    final_rate: float = option(
+        1.0, "what a cosine lets the learning rate fall to, as a part of it; 1 keeps it constant"
+    )
     dropout: float = option(0.1, "of T5 and the generator's attention; the paper has 0 in pretraining, 0.1 after it")
     max_instruction: int = option(1024, "longest instruction in tokens; it is cut or loses examples, never its </s>")
     max_input: int = option(1024, "longest input in tokens")
     max_target: int = option(256, "longest answer in tokens, in training and in evaluation")
     seed: int = option(0, "of the new weights, the order of the data, dropout and the choice among references")
-    precision: str = option("auto", "fp32 or bf16 (over fp32 weights); auto: bf16 on a GPU that has it; fp16 overflows in T5")
-    gradient_checkpointing: bool = option(False, "recompute each layer in the backward pass: more time, much less memory")
+    precision: str = option(
+        "auto", "fp32 or bf16 (over fp32 weights); auto: bf16 on a GPU that has it; fp16 overflows in T5"
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute each layer in the backward pass: more time, much less memory"
+    )
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(200, "steps between checkpoints, each in place of the last")
     eval_every: int = option(0, "steps between evaluations during training; 0: only at the end")
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "warmup": 0, "eval_every": 0, "learning_rate": 0, "final_rate": 0, "dropout": 0, "max_input": 8}
+        least = {
+            "seed": 0,
+            "warmup": 0,
+            "eval_every": 0,
+            "learning_rate": 0,
+            "final_rate": 0,
+            "dropout": 0,
+            "max_input": 8,
+        }
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type in ("int", "float") and not value >= least.get(item.name, 1):
@@ -86,12 +123,17 @@ RECIPES = {
 }
 DEMO = Recipe(
     steps=2000, batch_size=64, group=2, microbatch=64,  # two instances of each of 32 tasks
-    learning_rate=0.03, warmup=100, final_rate=0.05,  # the paper's 1e-3 suits a pretrained model; this one starts from nothing
+    learning_rate=0.03, warmup=100, final_rate=0.05,  # the paper's 1e-3 is for a pretrained model
     dropout=0.0, max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000,
 )  # fmt: skip
 DEMO_T5 = T5Config(d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1, dropout_rate=0.0)
 DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0, embedding_scale=8.0)
-NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")  # one --max-input is the length of a segment
+NOT_IN_PRETRAINING = (
+    "group",
+    "max_instruction",
+    "max_target",
+    "eval_every",
+)  # one --max-input is the length of a segment
 SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": NoInstructFormat}
 
 
@@ -124,12 +166,17 @@ class Run:
         before = read_json(path).get("run", {})
         for name, value in self.settings.items():
             if name != "steps" and name in before and before[name] != value:
-                raise RunError(f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options")
+                raise RunError(
+                    f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options"
+                )
 
     def _forget_log_behind(self, step: int) -> None:
         path = self.out / "log.jsonl"
         if path.is_file():
-            write(path, "".join(line for line in path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step))
+            write(
+                path,
+                "".join(line for line in path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step),
+            )
 
     def log(self, **entry) -> None:
         """One more line of `log.jsonl`."""
@@ -187,16 +234,21 @@ def train(
     model: nn.Module, tokenizer: Tokenizer, source: Shuffled | PretrainingChunks, recipe: Recipe, run: Run,
     evaluate: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """The loop. `source` hands out examples; `evaluate(step)` is called during training where the recipe asks for it."""
+    """The loop. `source` hands out examples; `evaluate(step)` is called where the recipe asks for it."""
+    device, context = device_and_precision(recipe.precision)
     run.begin()
     write(run.out / "tokenizer.json", tokenizer.to_str())  # the folder must answer without any other
-    device, context = device_and_precision(recipe.precision)
     model.to(device).train()
     model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
     optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
     if run.step:
         restore(optimizer, meter, run.state())
-    bar = tqdm(range(run.step + 1, recipe.steps + 1), initial=run.step, total=recipe.steps, mininterval=0.5 if sys.stderr.isatty() else 10)
+    bar = tqdm(
+        range(run.step + 1, recipe.steps + 1),
+        initial=run.step,
+        total=recipe.steps,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
     for step in bar:
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
         examples = source.take(recipe.batch_size)
@@ -209,11 +261,11 @@ def train(
         if step % recipe.log_every == 0 or step == recipe.steps:
             run.log(step=step, **meter.read())
             bar.set_postfix(loss=f"{meter.last_loss:.3f}")
-        if step % recipe.save_every == 0 or step == recipe.steps:
-            run.save(step, model, optimizer, source, meter)
         if evaluate and recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps:
             evaluate(step)
             model.train()
+        if step % recipe.save_every == 0 or step == recipe.steps:
+            run.save(step, model, optimizer, source, meter)
 
 
 def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -224,7 +276,9 @@ def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     unused rows of an embedding; its default, 1e-7, is larger than the mean squared gradients of a large model.
     1e-18 is neither.
     """
-    return torch.optim.Adafactor(model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0)
+    return torch.optim.Adafactor(
+        model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0
+    )
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -300,6 +354,7 @@ def device_and_precision(precision: str) -> tuple[torch.device, Callable]:
 
 
 def to(device: torch.device, batch: Batch) -> Batch:
+    """The batch on a device."""
     return Batch(*(tensor.to(device) for tensor in batch))
 
 
@@ -317,7 +372,9 @@ def set_dropout(model: nn.Module, rate: float) -> None:
 class Answerer:
     """A model with its prompt format: tasks in, texts out. Each instruction is read once."""
 
-    def __init__(self, model: nn.Module, prompts: PromptFormat, max_new_tokens: int, batch_size: int, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, prompts: PromptFormat, max_new_tokens: int, batch_size: int, precision: str
+    ) -> None:
         self.model, self.prompts = model, prompts
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.device, self.context = device_and_precision(precision)
@@ -344,7 +401,14 @@ class Answerer:
         rows = []
         for task in tqdm(tasks, desc="answering", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False):
             for instance, answer in zip(task.instances, self.answers(task)):
-                rows.append({"id": instance.id, "task": task.name, "prediction": answer, "references": list(instance.references)})
+                rows.append(
+                    {
+                        "id": instance.id,
+                        "task": task.name,
+                        "prediction": answer,
+                        "references": list(instance.references),
+                    }
+                )
         return rows
 
 
@@ -388,17 +452,26 @@ def print_scores(table: dict[str, dict[str, float]]) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny HINT on the toy world, score it on what it has never seen, and show what it says."""
     recipe = replace(DEMO, seed=arguments.seed)
-    torch.set_num_threads(1)  # in so small a model a second thread gains a quarter, and loses tenfold where its core is busy
-    run = Run(arguments.out or first_free("runs/demo"), {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)})
+    torch.set_num_threads(
+        1
+    )  # in so small a model a second thread gains a quarter, and loses tenfold where its core is busy
+    run = Run(
+        arguments.out or first_free("runs/demo"), {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)}
+    )
     world = toy_world(recipe.seed)
     print(f"A tiny HINT learns {len(world.train):,} toy tasks, such as")
     show(world.train[:2])
     answerer = learn_toy_world(world, recipe, DEMO_T5, DEMO_HINT, run)
     tests = {"unseen arguments": world.unseen_arguments, "unseen compositions": world.unseen_compositions}
     rows = {name: answerer.predictions(tasks) for name, tasks in tests.items()}
-    blind = {f"{name}, no instruction": answerer.predictions([without_instruction(t) for t in tasks]) for name, tasks in tests.items()}
+    blind = {
+        f"{name}, no instruction": answerer.predictions([without_instruction(t) for t in tasks])
+        for name, tasks in tests.items()
+    }
     report(rows, run.out, control=blind)
-    show_answers([task for tasks in tests.values() for task in tasks], [row for found in rows.values() for row in found])
+    show_answers(
+        [task for tasks in tests.values() for task in tasks], [row for found in rows.values() for row in found]
+    )
     task = world.unseen_compositions[0]
     print(f"\nAll of it lies in {run.out}. Ask it yourself:")
     print(f'  python train.py predict --model {run.out} --instruction "{task.definition}" "{task.instances[0].input}"')
@@ -412,7 +485,9 @@ def learn_toy_world(
     prompts = prompt_format("hint", tokenizer, examples, recipe)
     torch.manual_seed(recipe.seed)
     model = HINT(T5(replace(t5_config, vocab_size=tokenizer.get_vocab_size())), hint_config)
-    source = Shuffled(encode_tasks(world.train, prompts, recipe.max_target, recipe.seed), recipe.seed, group=recipe.group)
+    source = Shuffled(
+        encode_tasks(world.train, prompts, recipe.max_target, recipe.seed), recipe.seed, group=recipe.group
+    )
     train(model, tokenizer, source, recipe, run)
     return Answerer(model, prompts, recipe.max_target, 64, recipe.precision)
 
@@ -451,7 +526,9 @@ def pretrain(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     run = Run(arguments.out, {**settings_of(arguments, recipe), "system": "hint", "examples": 0}, arguments.resume)
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
-    source = PretrainingChunks(arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state()["position"] or (0, 0))
+    source = PretrainingChunks(
+        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state()["position"] or (0, 0)
+    )
     train(model, tokenizer, source, recipe, run)
     print(f"The pretrained model lies in {run.out}; finetune it with --start {run.out}")
 
@@ -487,7 +564,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def predict(arguments: argparse.Namespace) -> None:
     """Print an answer a line to inputs given as arguments, in a file or on standard input, an input a line."""
-    inputs = arguments.inputs or read_lines(arguments.file)
+    file = arguments.file or (None if arguments.inputs else "-")
+    inputs = arguments.inputs + (read_lines(file) if file else [])
     instances = tuple(Instance(str(number), text, ()) for number, text in enumerate(inputs))
     answerer = answerer_of(arguments)
     if instances:
@@ -521,7 +599,9 @@ def prompt_format(system: str, tokenizer: Tokenizer, examples: int, recipe: Reci
     return SYSTEMS[system](tokenizer, examples, recipe.max_instruction, recipe.max_input)
 
 
-def model_and_tokenizer(arguments: argparse.Namespace, recipe: Recipe, run: Run, system: str) -> tuple[nn.Module, Tokenizer]:
+def model_and_tokenizer(
+    arguments: argparse.Namespace, recipe: Recipe, run: Run, system: str
+) -> tuple[nn.Module, Tokenizer]:
     """The model that a run starts from: its own checkpoint, a folder or public name, or fresh weights of a size."""
     torch.manual_seed(recipe.seed)
     start = run.out if run.step else arguments.start
@@ -529,7 +609,11 @@ def model_and_tokenizer(arguments: argparse.Namespace, recipe: Recipe, run: Run,
         raise RunError("--size starts from fresh weights and has no tokenizer of its own; name one with --tokenizer")
     tokenizer = load_tokenizer(arguments.tokenizer or start)
     model = load_model(start) if start else PlainT5(T5(SIZES[arguments.size]))
-    sizes = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig) if getattr(arguments, item.name) is not None}
+    sizes = {
+        item.name: getattr(arguments, item.name)
+        for item in fields(HINTConfig)
+        if getattr(arguments, item.name) is not None
+    }
     if isinstance(model, HINT):
         if system != "hint":
             raise RunError(f"{start}: is a HINT model, which cannot become --system {system}")
@@ -538,7 +622,9 @@ def model_and_tokenizer(arguments: argparse.Namespace, recipe: Recipe, run: Run,
     elif system == "hint":
         model = HINT(model.t5, HINTConfig(**sizes))
     if tokenizer.get_vocab_size() > model.t5.config.vocab_size:
-        raise RunError(f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model only {model.t5.config.vocab_size:,}")
+        raise RunError(
+            f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model only {model.t5.config.vocab_size:,}"
+        )
     set_dropout(model, recipe.dropout)
     return model, tokenizer
 
@@ -551,7 +637,9 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
     system = "hint" if isinstance(model, HINT) else arguments.system or notes.get("system", "tk-instruct")
     examples = notes.get("examples", 0) if arguments.examples is None else arguments.examples
     prompts = prompt_format(system, load_tokenizer(arguments.tokenizer or arguments.model), examples, recipe)
-    return Answerer(model, prompts, arguments.max_new_tokens or recipe.max_target, arguments.batch_size, arguments.precision)
+    return Answerer(
+        model, prompts, arguments.max_new_tokens or recipe.max_target, arguments.batch_size, arguments.precision
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -572,12 +660,19 @@ def parser() -> Parser:
     command.add_argument("--seed", type=int, default=0, help="of the toy world and of the model")
     command.add_argument("--out", help="folder of the run; the first free runs/demo, runs/demo-2, ... without it")
     command = add_command(commands, pretrain)
-    command.add_argument("--corpus", required=True, nargs="+", help="shards of C4 or the like: .json.gz, an object with a text a line")
+    command.add_argument(
+        "--corpus", required=True, nargs="+", help="shards of C4 or the like: .json.gz, an object with a text a line"
+    )
     add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
     command = add_command(commands, finetune)
     add_data_options(command)
     command.add_argument("--system", choices=SYSTEMS, default="hint", help="HINT, or what it is compared with")
-    command.add_argument("--examples", type=at_least(0), default=0, help="positive examples in the instruction: 0 (Def) or 2 (Def + 2 Pos)")
+    command.add_argument(
+        "--examples",
+        type=at_least(0),
+        default=0,
+        help="positive examples in the instruction: 0 (Def) or 2 (Def + 2 Pos)",
+    )
     command.add_argument("--eval-batch-size", type=at_least(1), default=32, help="inputs answered at once")
     add_training_options(command, RECIPES["finetune"])
     command = add_command(commands, evaluate)
@@ -587,8 +682,8 @@ def parser() -> Parser:
     add_answering_options(command)
     command = add_command(commands, predict)
     command.add_argument("--instruction", required=True, help="what to do with each input")
-    command.add_argument("--file", default="-", help="inputs, one a line, where none are given as arguments; -: standard input")
-    command.add_argument("inputs", nargs="*", help="inputs")
+    command.add_argument("--file", help="more inputs, one a line; -: standard input")
+    command.add_argument("inputs", nargs="*", help="inputs; without any, and without --file, standard input is read")
     add_answering_options(command)
     return top
 
@@ -602,12 +697,16 @@ def add_command(commands, function: Callable) -> Parser:
 
 def add_data_options(command: Parser) -> None:
     command.add_argument("--data", required=True, help="Super-NaturalInstructions: a folder with tasks/ and splits/")
-    command.add_argument("--max-instances", type=at_least(1), default=100, help="the first so many instances of each task")
+    command.add_argument(
+        "--max-instances", type=at_least(1), default=100, help="the first so many instances of each task"
+    )
 
 
 def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str] = ()) -> None:
     start = command.add_mutually_exclusive_group(required=True)
-    start.add_argument("--start", help="model to start from: a folder, or a public name such as google/t5-base-lm-adapt")
+    start.add_argument(
+        "--start", help="model to start from: a folder, or a public name such as google/t5-base-lm-adapt"
+    )
     start.add_argument("--size", choices=SIZES, help="fresh weights of this size, in place of --start")
     command.add_argument("--tokenizer", help="folder, file or public name; that of --start without it")
     for item in fields(HINTConfig):
@@ -620,7 +719,9 @@ def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str
         if item.type == "bool":
             command.add_argument(flag(item), action="store_true", help=text)
         else:
-            command.add_argument(flag(item), type={"int": int, "float": float, "str": str}[item.type], default=default, help=text)
+            command.add_argument(
+                flag(item), type={"int": int, "float": float, "str": str}[item.type], default=default, help=text
+            )
     command.add_argument("--out", required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out, with the same options")
 
@@ -628,8 +729,12 @@ def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str
 def add_answering_options(command: Parser) -> None:
     command.add_argument("--model", required=True, help="folder of a run, or a public T5")
     command.add_argument("--tokenizer", help="folder, file or public name; that of --model without it")
-    command.add_argument("--system", choices=SYSTEMS, help="prompt format of a T5 that does not tell its own: tk-instruct without it")
-    command.add_argument("--examples", type=at_least(0), help="positive examples in the instruction; as in training without it")
+    command.add_argument(
+        "--system", choices=SYSTEMS, help="prompt format of a T5 that does not tell its own: tk-instruct without it"
+    )
+    command.add_argument(
+        "--examples", type=at_least(0), help="positive examples in the instruction; as in training without it"
+    )
     command.add_argument("--max-new-tokens", type=at_least(1), help="longest answer; as in training without it")
     command.add_argument("--batch-size", type=at_least(1), default=32, help="inputs answered at once")
     command.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
@@ -658,6 +763,12 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"train.py: {error}")
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror or error}")
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "train.py: the GPU's memory is full; a smaller --microbatch or --gradient-checkpointing changes no gradient"
+        )
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped; a training run goes on from its last checkpoint with --resume")
 
 
 if __name__ == "__main__":

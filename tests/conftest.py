@@ -23,7 +23,9 @@ def _same_numbers_every_time():
 
 def tiny_config(**changes) -> T5Config:
     """A T5 whose sizes all differ, so that no axis can be taken for another."""
-    sizes = dict(vocab_size=53, d_model=24, d_kv=10, d_ff=36, num_layers=2, num_decoder_layers=3, num_heads=3, dropout_rate=0.0)
+    sizes = dict(
+        vocab_size=53, d_model=24, d_kv=10, d_ff=36, num_layers=2, num_decoder_layers=3, num_heads=3, dropout_rate=0.0
+    )
     return T5Config(**{**sizes, **changes})
 
 
@@ -56,7 +58,9 @@ def random_modules(config: T5Config, batch: int, bottleneck: int = 5, prefix: in
 
     def adapter() -> Adapter:
         d, r = config.d_model, bottleneck
-        return Adapter(torch.randn(batch, d, r), torch.randn(batch, 1, r), torch.randn(batch, r, d), torch.randn(batch, 1, d))
+        return Adapter(
+            torch.randn(batch, d, r), torch.randn(batch, 1, r), torch.randn(batch, r, d), torch.randn(batch, 1, d)
+        )
 
     return Modules(
         encoder=tuple(LayerModules(adapter(), pair()) for _ in range(config.num_layers)),

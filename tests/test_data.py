@@ -18,8 +18,25 @@ from tokenizers import Tokenizer
 
 import data
 from data import (
-    EOS, DataError, Example, HINTFormat, Instance, NoInstructFormat, PretrainingChunks, Shuffled, Task, TkInstructFormat,
-    collate, encode_tasks, exact_match, load_tasks, load_tokenizer, rouge_l, score, toy_tokenizer, toy_world,
+    EOS,
+    DataError,
+    Example,
+    HINTFormat,
+    Instance,
+    NoInstructFormat,
+    PretrainingChunks,
+    Shuffled,
+    Task,
+    TkInstructFormat,
+    collate,
+    encode_tasks,
+    exact_match,
+    load_tasks,
+    load_tokenizer,
+    rouge_l,
+    score,
+    toy_tokenizer,
+    toy_world,
 )  # fmt: skip
 
 SENTENCES = [
@@ -27,7 +44,19 @@ SENTENCES = [
     "Now complete the following example -\nInput: what?\nOutput: that.", "Definition: write the plural. Positive Example 1 -",
     "relational conditional rationally organisations", "tabs\tand  double   spaces", "ﬁnal ½ café naïve ①", "numbers 1 22 333 4,444",
 ]  # fmt: skip
-HARD = ["", " ", "  lead", "trail  ", "\n\n", "<extra_id_0> and <extra_id_99>", "</s> inside", "日本語", "{brace}", "a\u00a0b\u200bc", "É" * 30]
+HARD = [
+    "",
+    " ",
+    "  lead",
+    "trail  ",
+    "\n\n",
+    "<extra_id_0> and <extra_id_99>",
+    "</s> inside",
+    "日本語",
+    "{brace}",
+    "a\u00a0b\u200bc",
+    "É" * 30,
+]
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +93,11 @@ def test_spiece_model_gives_the_ids_of_sentencepiece(spiece, tokenizer):
 
 @needs_shared
 def test_both_real_files_give_the_same_ids_and_those_of_sentencepiece():
-    texts = [line for task in load_tasks(SHARED / "sni", "test") for line in (task.definition, *(i.input for i in task.instances))] + SENTENCES
+    texts = [
+        line
+        for task in load_tasks(SHARED / "sni", "test")
+        for line in (task.definition, *(i.input for i in task.instances))
+    ] + SENTENCES
     from_json, from_spiece = load_tokenizer(SHARED / "t5"), load_tokenizer(SHARED / "t5" / "spiece.model")
     reference = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / "t5" / "spiece.model"))
     assert from_json.get_vocab_size() == from_spiece.get_vocab_size() == 32_100
@@ -83,7 +116,9 @@ def test_tokenizer_json_is_preferred_and_read_as_it_is(tmp_path, spiece, tokeniz
     other.enable_padding(length=50)
     other.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "spiece.model").write_bytes(b"junk")
-    assert load_tokenizer(tmp_path).encode("the cat sat on the mat").ids == tokenizer.encode("the cat sat on the mat").ids
+    assert (
+        load_tokenizer(tmp_path).encode("the cat sat on the mat").ids == tokenizer.encode("the cat sat on the mat").ids
+    )
 
 
 def test_files_that_are_no_tokenizer_are_refused(tmp_path, spiece):
@@ -108,7 +143,14 @@ def write_task(folder, name="task1_a", **changes):
     found = {
         "Definition": ["Say it again, and give me the book that lies on the table. "],
         "Positive Examples": [{"input": "x", "output": "y", "explanation": "so"}],
-        "Instances": [{"id": f"{name}-{n}", "input": f" in {n} the cat sat on the mat and the dog ", "output": [f"out {n}", "other"]} for n in range(5)],
+        "Instances": [
+            {
+                "id": f"{name}-{n}",
+                "input": f" in {n} the cat sat on the mat and the dog ",
+                "output": [f"out {n}", "other"],
+            }
+            for n in range(5)
+        ],
     }
     found = {key: value for key, value in {**found, **changes}.items() if value is not None}
     (folder / "tasks").mkdir(exist_ok=True)
@@ -121,8 +163,15 @@ def write_task(folder, name="task1_a", **changes):
 def test_tasks_are_read_as_the_repository_lays_them_out(tmp_path):
     write_task(tmp_path)
     [task] = load_tasks(tmp_path, "train", max_instances=3)
-    assert (task.name, task.definition, task.examples) == ("task1_a", "Say it again, and give me the book that lies on the table.", (Example("x", "y"),))
-    assert task.instances[1] == Instance("task1_a-1", "in 1 the cat sat on the mat and the dog", ("out 1", "other")) and len(task.instances) == 3
+    assert (task.name, task.definition, task.examples) == (
+        "task1_a",
+        "Say it again, and give me the book that lies on the table.",
+        (Example("x", "y"),),
+    )
+    assert (
+        task.instances[1] == Instance("task1_a-1", "in 1 the cat sat on the mat and the dog", ("out 1", "other"))
+        and len(task.instances) == 3
+    )
     assert len(load_tasks(tmp_path, "train")[0].instances) == 5
 
 
@@ -175,7 +224,10 @@ def test_missing_folders_splits_and_tasks_are_named(tmp_path):
 # ------------------------------------------------------------------------ prompts
 
 TASK = Task(
-    "t", "Give the answer", (Example("one", "1"), Example("two?", "2!"), Example("three", "3")), (Instance("i", "four", ("4",)),)
+    "t",
+    "Give the answer",
+    (Example("one", "1"), Example("two?", "2!"), Example("three", "3")),
+    (Instance("i", "four", ("4",)),),
 )
 
 
@@ -231,7 +283,9 @@ def test_truncation_loses_neither_the_query_nor_the_end(tokenizer, system, limit
         first = text.split()[0]
         assert first in tokenizer.decode(ids), "the input must be there"
         if system is TkInstructFormat:
-            assert tokenizer.decode(ids).endswith("Output:") and "Now complete the following example" in tokenizer.decode(ids)
+            assert tokenizer.decode(ids).endswith(
+                "Output:"
+            ) and "Now complete the following example" in tokenizer.decode(ids)
         if len(text) < 20:
             assert text in tokenizer.decode(ids), "a short input is never cut"
 
@@ -262,12 +316,17 @@ def test_groups_stay_together_and_their_order_changes():
     for epoch in (first, second):
         assert sorted(epoch) == list(range(12))
         assert all(epoch[start + 1 : start + 4] == [epoch[start] + n for n in (1, 2, 3)] for start in (0, 4, 8))
-    assert len({tuple(Shuffled(list(range(12)), seed, group=4).take(12)) for seed in range(30)}) == 6, "all orders of three groups"
+    assert len({tuple(Shuffled(list(range(12)), seed, group=4).take(12)) for seed in range(30)}) == 6, (
+        "all orders of three groups"
+    )
 
 
 def test_a_source_goes_on_where_it_stopped(tokenizer, tmp_path):
     shards = write_shards(tmp_path, 300)
-    for new in (lambda p: Shuffled(list(range(10)), 3, p or 0), lambda p: PretrainingChunks(shards, tokenizer, 40, 3, p or (0, 0))):
+    for new in (
+        lambda p: Shuffled(list(range(10)), 3, p or 0),
+        lambda p: PretrainingChunks(shards, tokenizer, 40, 3, p or (0, 0)),
+    ):
         whole = new(None).take(90)
         for stop in (1, 7, 10, 33, 89):
             begun = new(None)
@@ -357,7 +416,10 @@ def test_the_toy_world_has_the_form_of_the_real_one(world):
         assert len(set(texts)) == len(texts), "no input twice, or an example would be the answer"
         for text, answer in [*task.examples, *((i.input, i.references[0]) for i in task.instances)]:
             assert 2 <= len(text.split()) <= 5 and world.rules[task.name].answer(text.split()) == answer
-    assert len({instance.id for part in world[:3] for task in part for instance in task.instances}) == 5000 * 12 + 2 * 64 * 4
+    assert (
+        len({instance.id for part in world[:3] for task in part for instance in task.instances})
+        == 5000 * 12 + 2 * 64 * 4
+    )
 
 
 def slots_of(world, tasks):
@@ -413,7 +475,9 @@ def test_the_toy_world_depends_on_the_seed_alone(world):
     assert toy_world(0) == world and toy_world(1).train != world.train
     program = "import data, hashlib; print(hashlib.sha256(repr(data.toy_world(0)).encode()).hexdigest())"
     hashes = {
-        subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(hashes) == 1 and len(hashes.pop().strip()) == 64
@@ -437,11 +501,21 @@ def test_the_toy_tokenizer_knows_every_word_and_gives_texts_back(world):
 def texts_for_scoring(count=3000):
     """Pairs of answers made of words with every ending that the stemmer knows, some of them real sentences."""
     draw = random.Random(1)
-    endings = [suffix for suffix, _ in data._STEP_2 + data._STEP_3] + list(data._STEP_4) + ["ed", "ing", "ies", "ied", "eed", "y", "s", ""]
-    words = ["".join(draw.choice("aeiobcdlstyz") for _ in range(draw.randint(1, 4))) + draw.choice(endings) for _ in range(400)]
+    endings = (
+        [suffix for suffix, _ in data._STEP_2 + data._STEP_3]
+        + list(data._STEP_4)
+        + ["ed", "ing", "ies", "ied", "eed", "y", "s", ""]
+    )
+    words = [
+        "".join(draw.choice("aeiobcdlstyz") for _ in range(draw.randint(1, 4))) + draw.choice(endings)
+        for _ in range(400)
+    ]
     words += "dying skies news Proceed the cat's U.S. 3.5 naïve -- hello,world succeed innings".split()
     texts = [" ".join(draw.choice(words) for _ in range(draw.randint(0, 12))) for _ in range(count)]
-    return texts, [" ".join(draw.sample(text.split(), len(text.split()))) if draw.random() < 0.5 else draw.choice(texts) for text in texts]
+    return texts, [
+        " ".join(draw.sample(text.split(), len(text.split()))) if draw.random() < 0.5 else draw.choice(texts)
+        for text in texts
+    ]
 
 
 def test_rouge_l_is_that_of_rouge_score_to_the_last_digit():
@@ -457,7 +531,9 @@ def test_rouge_l_is_that_of_rouge_score_on_real_answers():
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     answers = [instance.references[0] for task in load_tasks(SHARED / "sni", "train") for instance in task.instances]
     pairs = list(zip(answers, answers[1:]))[::5] + list(zip(answers, [a.title() + " s" for a in answers]))[::20]
-    assert [rouge_l(*pair) for pair in pairs] == [scorer.score(wanted, said)["rougeL"].fmeasure for said, wanted in pairs]
+    assert [rouge_l(*pair) for pair in pairs] == [
+        scorer.score(wanted, said)["rougeL"].fmeasure for said, wanted in pairs
+    ]
 
 
 def test_stems_are_those_of_nltk():

@@ -122,7 +122,9 @@ def test_the_decoder_reads_instruction_and_input_states_side_by_side():
     assert torch.equal(memory[:, 7:], model.t5.encode(inputs, None, task.modules))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True, scale_decoder_outputs=True, feed_forward_proj="relu")])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(tie_word_embeddings=True, scale_decoder_outputs=True, feed_forward_proj="relu")]
+)
 def test_a_saved_model_answers_as_before(tmp_path, changes):
     model = tiny_hint(**changes)
     model.save_pretrained(tmp_path)
@@ -181,7 +183,9 @@ def test_the_baseline_reads_the_input_alone():
     assert torch.equal(model.generate(model.encode_instruction(inputs), inputs), model.t5.generate(inputs))
 
 
-@pytest.mark.parametrize("wrong", [dict(bottleneck=0), dict(bottleneck="8"), dict(prefix_length=10**9), dict(generator_dropout=1.5)])
+@pytest.mark.parametrize(
+    "wrong", [dict(bottleneck=0), dict(bottleneck="8"), dict(prefix_length=10**9), dict(generator_dropout=1.5)]
+)
 def test_sizes_that_make_no_sense_are_refused(wrong):
     with pytest.raises(CheckpointError, match=next(iter(wrong))):
         HINTConfig(**wrong)

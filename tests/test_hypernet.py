@@ -37,7 +37,9 @@ def test_every_generated_value_is_that_of_a_plain_loop():
     mask[1, 4:] = 0
     modules = generator(states, mask)
     for b in range(2):
-        rows = {name: iter(values) for name, values in loop_from_the_paper(generator, config, states[b], mask[b]).items()}
+        rows = {
+            name: iter(values) for name, values in loop_from_the_paper(generator, config, states[b], mask[b]).items()
+        }
         for layer in (*modules.encoder, *modules.decoder):  # adapters: encoder layers, then decoder layers
             for j in range(5):
                 close(layer.adapter.down[b, :, j], next(rows["adapter_down"]))  # embedding j wrote column j
@@ -67,7 +69,9 @@ def test_gradients_reach_every_embedding_and_every_weight_of_the_generator():
         assert (rows > 0).all(), f"{name}: {int((rows == 0).sum())} of {len(rows)} rows get no gradient"
 
 
-@pytest.mark.parametrize("size, bottleneck, prefix", [("small", 8, 7), ("base", 64, 30), ("xl", 512, 30), ("xxl", 512, 30)])
+@pytest.mark.parametrize(
+    "size, bottleneck, prefix", [("small", 8, 7), ("base", 64, 30), ("xl", 512, 30), ("xxl", 512, 30)]
+)
 def test_parameter_counts_are_those_of_the_formula(size, bottleneck, prefix):
     """By hand, for h*k = d: embeddings of L adapters and A prefixes, the attention, six networks of two layers."""
     config = SIZES[size]
@@ -78,7 +82,9 @@ def test_parameter_counts_are_those_of_the_formula(size, bottleneck, prefix):
     embeddings = (adapters * (2 * bottleneck + 2) + prefixes * 2 * prefix) * d
     networks = 3 * 2 * d * d + d * d + d * bottleneck + 2 * (d * d + d * inner)
     assert found == embeddings + 4 * d * inner + networks
-    assert found == 4 * d * inner + sum(kind.parameters(d) for kind in generated_kinds(config, bottleneck, prefix).values())
+    assert found == 4 * d * inner + sum(
+        kind.parameters(d) for kind in generated_kinds(config, bottleneck, prefix).values()
+    )
     if size == "xl":
         assert embeddings == pytest.approx(109.7e6, rel=1e-3)
 

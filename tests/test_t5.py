@@ -145,14 +145,19 @@ def test_buckets_are_those_of_transformers_for_every_distance(bidirectional):
 
 
 def test_a_saved_t5_is_read_by_transformers_and_by_us(tmp_path):
-    for name, changes in {"gated": {}, "tied": dict(feed_forward_proj="relu", tie_word_embeddings=True, scale_decoder_outputs=True)}.items():
+    for name, changes in {
+        "gated": {},
+        "tied": dict(feed_forward_proj="relu", tie_word_embeddings=True, scale_decoder_outputs=True),
+    }.items():
         model = tiny_t5(num_decoder_layers=2, **changes)
         model.save_pretrained(tmp_path / name)
         source, target = random_ids(2, 9), random_ids(2, 6)
         theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
             wanted = model(source, target)
-            torch.testing.assert_close(theirs(input_ids=source, decoder_input_ids=target).logits, wanted, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                theirs(input_ids=source, decoder_input_ids=target).logits, wanted, atol=1e-4, rtol=0
+            )
             assert torch.equal(T5.from_pretrained(tmp_path / name)(source, target), wanted)
 
 
@@ -221,17 +226,28 @@ def test_zero_adapters_and_no_prefix_are_plain_t5():
     mask = torch.ones_like(source)
     found = model.decode(target, model.encode(source, mask, zero), mask, zero)
     assert torch.equal(found, model(source, target))
-    assert torch.equal(model.decode_greedily(model.encode(source), mask, zero, 9), model.generate(source, max_new_tokens=9))
+    assert torch.equal(
+        model.decode_greedily(model.encode(source), mask, zero, 9), model.generate(source, max_new_tokens=9)
+    )
 
 
-PARTS = [("encoder", "adapter"), ("encoder", "prefix"), ("decoder", "adapter"), ("decoder", "prefix"), ("decoder", "cross_prefix")]
+PARTS = [
+    ("encoder", "adapter"),
+    ("encoder", "prefix"),
+    ("decoder", "adapter"),
+    ("decoder", "prefix"),
+    ("decoder", "cross_prefix"),
+]
 
 
 @pytest.mark.parametrize("stack, part", PARTS)
 def test_each_kind_of_module_changes_the_result_in_each_stack(stack, part):
     model = tiny_t5()
     full, none = random_modules(model.config, 2), Modules.none(model.config)
-    only = tuple(plain._replace(**{part: getattr(layer, part)}) for plain, layer in zip(getattr(none, stack), getattr(full, stack)))
+    only = tuple(
+        plain._replace(**{part: getattr(layer, part)})
+        for plain, layer in zip(getattr(none, stack), getattr(full, stack))
+    )
     modules = none._replace(**{stack: only})
     source, target = random_ids(2, 9), random_ids(2, 6)
     mask = torch.ones_like(source)
@@ -304,9 +320,14 @@ def test_dropout_acts_wherever_t5_has_it():
     acted = set()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda _, x, y, name=name: acted.add(name) if not torch.equal(x[0], y) else None)
+            module.register_forward_hook(
+                lambda _, x, y, name=name: acted.add(name) if not torch.equal(x[0], y) else None
+            )
     model(random_ids(2, 9), random_ids(2, 6))
-    places = {"encoder": ("", "self_attention.", "feed_forward."), "decoder": ("", "self_attention.", "cross_attention.", "feed_forward.")}
+    places = {
+        "encoder": ("", "self_attention.", "feed_forward."),
+        "decoder": ("", "self_attention.", "cross_attention.", "feed_forward."),
+    }
     wanted = {f"{stack}.dropout" for stack in places}
     for stack, layers in (("encoder", 2), ("decoder", 3)):
         wanted |= {f"{stack}.blocks.{layer}.{place}dropout" for layer in range(layers) for place in places[stack]}
@@ -333,9 +354,19 @@ def test_parameter_counts_are_those_of_the_formula(size):
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in T5(config).parameters())
     d, f, inner, layers = config.d_model, config.d_ff, config.num_heads * config.d_kv, config.num_layers
-    formula = 2 * config.vocab_size * d + layers * (4 * d * inner + 3 * d * f + 2 * d) + layers * (8 * d * inner + 3 * d * f + 3 * d)
+    formula = (
+        2 * config.vocab_size * d
+        + layers * (4 * d * inner + 3 * d * f + 2 * d)
+        + layers * (8 * d * inner + 3 * d * f + 3 * d)
+    )
     assert count == formula + 64 * config.num_heads + 2 * d
-    published = {"small": 76_961_152, "base": 247_577_856, "large": 783_150_080, "xl": 2_849_757_184, "xxl": 11_135_332_352}
+    published = {
+        "small": 76_961_152,
+        "base": 247_577_856,
+        "large": 783_150_080,
+        "xl": 2_849_757_184,
+        "xxl": 11_135_332_352,
+    }
     assert size == "tiny" or count == published[size]
 
 
@@ -371,14 +402,18 @@ def test_a_missing_a_left_over_and_a_misshapen_tensor_are_named(tmp_path, form):
     (tmp_path / "model.safetensors").unlink()
 
     def complaint_of(changed):
-        save_file(changed, tmp_path / "model.safetensors") if form == "safetensors" else torch.save(changed, tmp_path / "pytorch_model.bin")
+        save_file(changed, tmp_path / "model.safetensors") if form == "safetensors" else torch.save(
+            changed, tmp_path / "pytorch_model.bin"
+        )
         return complaint(tmp_path)
 
     name = "decoder.block.1.layer.2.DenseReluDense.wo.weight"
     assert name in complaint_of({n: t for n, t in tensors.items() if n != name})
     assert "surplus.weight" in complaint_of({**tensors, "surplus.weight": torch.ones(2)})
     assert name in complaint_of({**tensors, name: tensors[name].T.contiguous()})
-    assert "encoder.embed_tokens.weight" in complaint_of({**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"] + 1})
+    assert "encoder.embed_tokens.weight" in complaint_of(
+        {**tensors, "encoder.embed_tokens.weight": tensors["shared.weight"] + 1}
+    )
 
 
 def test_a_head_equal_to_the_embedding_is_tied_where_the_config_says_so(tmp_path):

@@ -16,7 +16,7 @@ from test_data import TASK, spiece, tokenizer, write_shards, write_task  # noqa:
 import train
 from data import HINTFormat, Ids
 from hint import HINT, PlainT5, load_model
-from t5 import EOS, T5, T5Config
+from t5 import T5, T5Config
 
 TRAIN = Path(train.__file__)
 FAST = "--batch-size 4 --microbatch 2 --log-every 1 --max-input 40 --precision fp32".split()
@@ -110,13 +110,23 @@ def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, cap
     monkeypatch.setattr(train, "DEMO", replace(train.DEMO, steps=3, save_every=3))
     train.main(["demo", "--out", str(tmp_path / "demo")])
     text = capsys.readouterr().out
-    for expected in ("unseen arguments", "unseen compositions", "no instruction", "exact match", "ROUGE-L", "wrong:", str(tmp_path / "demo")):
+    for expected in (
+        "unseen arguments",
+        "unseen compositions",
+        "no instruction",
+        "exact match",
+        "ROUGE-L",
+        "wrong:",
+        str(tmp_path / "demo"),
+    ):
         assert expected in text
     metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert {"unseen arguments", "unseen compositions", "unseen compositions, no instruction"} <= set(metrics)
     shown = text.strip().splitlines()[-1]  # the command that the demo tells its user to type
     assert shown.strip().startswith("python train.py predict")
-    done = subprocess.run(shown.replace("python train.py", f"{sys.executable} {TRAIN}"), shell=True, capture_output=True, text=True)
+    done = subprocess.run(
+        shown.replace("python train.py", f"{sys.executable} {TRAIN}"), shell=True, capture_output=True, text=True
+    )
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
 
 
@@ -129,7 +139,16 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(tmp_path, sni, s
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, sni, start, monkeypatch):
     """Stopped by an error in the middle of step 5, after the checkpoint of step 4: same weights, same log."""
-    options = ("--steps", 7, "--save-every", 2, "--dropout", 0.2, "--log-every", 3)  # logged steps and checkpoints differ
+    options = (
+        "--steps",
+        7,
+        "--save-every",
+        2,
+        "--dropout",
+        0.2,
+        "--log-every",
+        3,
+    )  # logged steps and checkpoints differ
     finetune(sni, start, tmp_path / "whole", *options)
     real, calls = train.accumulate_gradient, []
 
@@ -167,9 +186,15 @@ def test_inputs_come_from_arguments_a_file_or_standard_input(tmp_path, sni, star
     finetune(sni, start, out, "--steps", 1)
     (tmp_path / "inputs.txt").write_text("in 0\nin 1\n")
     ask = ("predict", "--model", out, "--instruction", "Say it.")
-    answers = [command_line(*ask, "in 0", "in 1"), command_line(*ask, "--file", tmp_path / "inputs.txt"), command_line(*ask, input="in 0\nin 1\n")]
+    answers = [
+        command_line(*ask, "in 0", "in 1"),
+        command_line(*ask, "--file", tmp_path / "inputs.txt"),
+        command_line(*ask, input="in 0\nin 1\n"),
+    ]
     assert {done.returncode for done in answers} == {0}
     assert len({done.stdout for done in answers}) == 1 and len(answers[0].stdout.splitlines()) == 2
+    both = command_line(*ask, "--file", "-", "in 0", input="in 1\n")
+    assert both.stdout == answers[0].stdout
     assert command_line(*ask, input="").stdout == ""
 
 
@@ -275,7 +300,9 @@ def test_dropout_of_the_recipe_reaches_t5_and_the_generator_s_attention():
     train.set_dropout(model, 0.3)
     rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
     assert {rate for name, rate in rates.items() if "networks" not in name} == {0.3}
-    assert {rate for name, rate in rates.items() if "networks" in name} == {0.0} and "hypernetwork.attention.dropout" in rates
+    assert {rate for name, rate in rates.items() if "networks" in name} == {
+        0.0
+    } and "hypernetwork.attention.dropout" in rates
 
 
 @pytest.mark.parametrize(
@@ -344,7 +371,10 @@ def test_other_commands_refuse_in_the_same_way(tmp_path, sni, start):
     refused(command_line("evaluate", "--model", start, "--data", sni, "--split", "dev", "--out", out), "dev_tasks.txt")
     refused(command_line("predict", "--model", tmp_path, "--instruction", "x", "y"), "config.json")
     refused(command_line("predict", "--model", start, "--instruction", "x", "--file", tmp_path / "absent"), "absent")
-    refused(command_line("pretrain", "--start", start, "--corpus", tmp_path / "absent.json.gz", "--out", out, *FAST), "absent.json.gz")
+    refused(
+        command_line("pretrain", "--start", start, "--corpus", tmp_path / "absent.json.gz", "--out", out, *FAST),
+        "absent.json.gz",
+    )
     refused(command_line("no-such-command"), "no-such-command")
     assert not out.exists()
 
@@ -361,7 +391,10 @@ def test_a_hint_folder_keeps_its_sizes_and_its_kind(tmp_path, sni, start):
     finetune(sni, start, tmp_path / "run", "--steps", 1)
     for more, message in ((("--bottleneck", "4"), "cannot be changed"), (("--system", "tk-instruct"), "cannot become")):
         with pytest.raises(SystemExit, match=message):
-            train.main(["finetune", "--data", sni, "--start", tmp_path / "run", "--out", tmp_path / "x", *FAST, *more] | Texts())
+            train.main(
+                ["finetune", "--data", sni, "--start", tmp_path / "run", "--out", tmp_path / "x", *FAST, *more]
+                | Texts()
+            )
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, sni, start, monkeypatch):
@@ -371,6 +404,23 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoin
     with pytest.raises(SystemExit, match="loss of step 3 is nan"):
         finetune(sni, start, tmp_path / "run", "--steps", 4, "--resume")
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "error, sentence",
+    [
+        (torch.OutOfMemoryError("CUDA"), "--microbatch"),
+        (KeyboardInterrupt(), "--resume"),
+        (OSError(28, "No space left on device", "x"), "x: No space"),
+    ],
+)
+def test_what_no_one_can_foresee_also_ends_in_a_sentence(tmp_path, sni, start, monkeypatch, error, sentence):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train, "accumulate_gradient", fail)
+    with pytest.raises(SystemExit, match=sentence):
+        finetune(sni, start, tmp_path / "run", "--steps", 1)
 
 
 def test_importing_a_module_does_nothing():
@@ -393,4 +443,6 @@ def test_the_real_data_train_and_score_with_the_real_vocabulary(tmp_path):
                 "--max-instances", 2, "--max-instruction", 64, "--max-target", 4, "--bottleneck", 4, "--prefix-length", 2, *FAST] | Texts())  # fmt: skip
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 24
     assert len(json.loads((out / "metrics.json").read_text())) == 13
-    assert T5Config(**HINT.from_pretrained(out).t5.config.__dict__).vocab_size == 32_128 and isinstance(load_model(out).t5, T5)
+    assert T5Config(**HINT.from_pretrained(out).t5.config.__dict__).vocab_size == 32_128 and isinstance(
+        load_model(out).t5, T5
+    )
