@@ -101,6 +101,9 @@ def _read_spiece(path: Path, extra_ids: int = 100) -> Tokenizer:
     return tokenizer
 
 
+UNIGRAM = b"\x01"
+
+
 def _parse_spiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
     """Pieces with their scores, and the normaliser's character map, out of a SentencePiece ModelProto."""
     pieces, charsmap = [], b""
@@ -108,6 +111,8 @@ def _parse_spiece(data: bytes) -> tuple[list[tuple[str, float]], bytes]:
         if number == 1:  # SentencePiece: 1 piece, 2 score
             piece = dict(_fields(value))
             pieces.append((piece[1].decode("utf-8"), struct.unpack("<f", piece.get(2, b"\0\0\0\0"))[0]))
+        elif number == 2 and dict(_fields(value)).get(3, UNIGRAM) != UNIGRAM:  # TrainerSpec: 3 model_type
+            raise ValueError("it is of another kind")
         elif number == 3:  # NormalizerSpec: 2 precompiled_charsmap
             charsmap = dict(_fields(value)).get(2, b"")
     if [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
@@ -278,8 +283,8 @@ class PromptFormat:
 class HINTFormat(PromptFormat):
     """The instruction for the hypernetwork and the bare input for T5, in the words of the authors' code.
 
-    `Def`: the definition alone. `Def + 2 Pos`: `Definition: ...` behind the examples, of which each is put before
-    the last. An example with which the instruction would be too long is left out, and the next one tried.
+    `Def`: the definition alone. `Def + 2 Pos`: the second example, the first, then `Definition: ...`. An example with
+    which the instruction would be too long is left out, and the next one tried.
     """
 
     def instruction(self, task: Task) -> str:
@@ -368,7 +373,7 @@ def encode_tasks(tasks: Sequence[Task], prompts: PromptFormat, max_target: int, 
 class Shuffled:
     """Examples in a new random order each epoch, without end. The order depends on the seed alone.
 
-    `group` examples that stand side by side stay together: those of one task, so that a batch has fewer instructions.
+    `group` neighbours stay together. They are of one task, but for the ends of tasks that `group` does not divide.
     """
 
     def __init__(self, examples: Sequence[Ids], seed: int, position: int = 0, group: int = 1) -> None:
@@ -381,7 +386,7 @@ class Shuffled:
         return [self._next() for _ in range(count)]
 
     def _next(self) -> Ids:
-        epoch, place = divmod(self.position, len(self.examples))
+        epoch, turn = divmod(self.position, len(self.examples))
         if epoch != self._epoch:
             groups = [
                 range(len(self.examples))[start : start + self.group]
@@ -390,7 +395,7 @@ class Shuffled:
             random.Random(f"{self.seed}/{epoch}").shuffle(groups)
             self._epoch, self._order = epoch, [place for group in groups for place in group]
         self.position += 1
-        return self.examples[self._order[place]]
+        return self.examples[self._order[turn]]
 
 
 class PretrainingChunks:
@@ -398,7 +403,8 @@ class PretrainingChunks:
 
     128 documents at a time are tokenised, each ended by `</s>`, concatenated and cut to `length`. Every segment is
     split at two random points: the first part is for the hypernetwork, the second the input, the third the target,
-    and `</s>` ends each. The text of a segment crosses documents, as in the authors' code.
+    and `</s>` ends each. The text of a segment crosses documents, as in the authors' code; what is left of 128
+    documents behind their last segment is dropped.
     """
 
     documents = 128
@@ -433,6 +439,10 @@ class PretrainingChunks:
             ids = [
                 i for encoding in self.tokenizer.encode_batch(list(islice(texts, self.documents))) for i in encoding.ids
             ]
+            if len(ids) < self.length:
+                raise DataError(
+                    f"{self.paths[0]}: {self.documents} texts are shorter than one segment of {self.length} tokens"
+                )
             draw = random.Random(f"{self.seed}/{group}")
             for number, start in enumerate(range(0, len(ids) - self.length + 1, self.length)):
                 example = self._split(ids[start : start + self.length], draw)
@@ -567,7 +577,7 @@ class Rule(NamedTuple):
         return f"{draw.choice(_VERBS)} {said}{draw.choice(_FRAMES[self.frame]).format(self.argument)}."
 
     def draw_input(self, draw: random.Random, kinds: list[str]) -> list[str]:
-        """Words of different kinds: those that the slots select, every other time those that have a fallback, and more."""
+        """Words of different kinds: those that the slots select, half the time those that have a fallback, and more."""
         selected = [slot.selection for slot in self.slots]
         needed = [kind for kind in kinds if kind in selected]
         doubtful = [kind for kind in kinds if kind + _OR_LAST in selected and kind not in needed]
@@ -601,10 +611,10 @@ def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6,
 
     rules: dict[str, Rule] = {}
 
-    def some(part: str, count: int, instances: int) -> list[Task]:
+    def some(part: str, count: int, size: int) -> list[Task]:
         names = [f"{part}-{number}" for number in range(count)]
         rules.update((name, held_out.draw_rule(part)) for name in names)
-        return [_task(name, rules[name], draw, held_out.kinds, instances) for name in names]
+        return [_task(name, rules[name], draw, held_out.kinds, size) for name in names]
 
     return ToyWorld(
         some("train", tasks, instances), some("unseen-arguments", 64, 4), some("unseen-compositions", 64, 4), rules

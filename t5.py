@@ -132,7 +132,7 @@ class KeyValue(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """A bottleneck beside the feed-forward layer, HINT equation (1): W_up gelu(W_down u + b_down) + b_up."""
+    """A bottleneck beside the feed-forward layer, HINT equation (1): gelu(u W_down + b_down) W_up + b_up."""
 
     down: Tensor  # [B or 1, d, r]
     down_bias: Tensor  # [B or 1, 1, r]
@@ -505,7 +505,7 @@ def shift_right(labels: Tensor) -> Tensor:
 
 
 class Loss(NamedTuple):
-    """Sums over the target tokens, so that parts of a batch can be added up and every token weighs the same."""
+    """A loss, and the sums over target tokens that make it, so that parts of a batch can be added up."""
 
     loss: Tensor  # mean cross-entropy of a target token, in nats
     cross_entropy: Tensor  # its sum

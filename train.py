@@ -6,7 +6,7 @@
     python train.py evaluate ...    score a model on tasks that it has not seen
     python train.py predict ...     answer inputs of one's own
 
-Every run writes into its own folder `--out`: the model, `config.json`, `log.jsonl` and, after an evaluation,
+Training writes the model, `config.json` and `log.jsonl` into a folder of its own, `--out`; an evaluation writes
 `metrics.json` and `predictions.jsonl`.
 """
 
@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 
@@ -74,12 +76,14 @@ class Recipe:
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(1024, "examples a step")
     group: int = option(
-        1, "examples of one task that come together; more of them mean fewer instructions to encode a step"
+        1, "neighbours in the data (examples of a task) that stay together: fewer instructions to encode a step"
     )
     microbatch: int = option(
         16, "examples at once on the device; any number gives the same gradient, a smaller one takes less memory"
     )
-    learning_rate: float = option(1e-3, "of Adafactor, relative to the size of each parameter; constant in the paper")
+    learning_rate: float = option(
+        1e-3, "of Adafactor, relative to the size of each parameter, and at most 1/sqrt(step)"
+    )
     warmup: int = option(0, "steps over which the learning rate rises; a model from scratch wants some")
     final_rate: float = option(
         1.0, "what a cosine lets the learning rate fall to, as a part of it; 1 keeps it constant"
@@ -160,10 +164,13 @@ class Run:
             write(self.out / "config.json", json.dumps({"run": self.settings}, indent=2) + "\n")
 
     def _check_same_settings(self) -> None:
+        """Only a run can be gone on with, and only with the options that it had; it may be made longer."""
         path = self.out / "config.json"
-        if not path.is_file():
-            return  # stopped before its first checkpoint
-        before = read_json(path).get("run", {})
+        if not self.out.exists() or not any(self.out.iterdir()):
+            return
+        before = read_json(path).get("run") if path.is_file() else None
+        if not isinstance(before, dict):
+            raise RunError(f"{self.out}: is not the folder of a run, which --resume could go on with")
         for name, value in self.settings.items():
             if name != "steps" and name in before and before[name] != value:
                 raise RunError(
@@ -202,6 +209,7 @@ class Run:
             if path.name != f"training-{step}.pt":
                 path.unlink()
 
+    @cached_property
     def state(self) -> dict:
         """The training state that belongs to the weights in the folder; of a run that has none yet, no position."""
         if self.step == 0:
@@ -242,7 +250,7 @@ def train(
     model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
     optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
     if run.step:
-        restore(optimizer, meter, run.state())
+        restore(optimizer, meter, run.state)
     bar = tqdm(
         range(run.step + 1, recipe.steps + 1),
         initial=run.step,
@@ -250,6 +258,7 @@ def train(
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
     for step in bar:
+        began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
         examples = source.take(recipe.batch_size)
         loss = accumulate_gradient(model, examples, recipe.microbatch, device, context)
@@ -257,10 +266,10 @@ def train(
             raise RunError(f"the loss of step {step} is {loss}; the checkpoint of an earlier step is kept in {run.out}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.add(loss, examples)
+        meter.add(loss, examples, time.perf_counter() - began)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if step % recipe.log_every == 0 or step == recipe.steps:
             run.log(step=step, **meter.read())
-            bar.set_postfix(loss=f"{meter.last_loss:.3f}")
         if evaluate and recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps:
             evaluate(step)
             model.train()
@@ -274,7 +283,7 @@ def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
     The first epsilon is 1e-30 in the authors' code. PyTorch squares it, which is zero in fp32 and makes NaN of the
     unused rows of an embedding; its default, 1e-7, is larger than the mean squared gradients of a large model.
-    1e-18 is neither.
+    1e-18 is neither. PyTorch also keeps the rate below 1/sqrt(step), which bites above 0.03 in a thousand steps.
     """
     return torch.optim.Adafactor(
         model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0
@@ -283,16 +292,17 @@ def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
 
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine down to `final_rate` of the peak; constant with the defaults, as in the paper."""
-    rise = min(1.0, step / recipe.warmup) if recipe.warmup else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-    return recipe.learning_rate * rise * (recipe.final_rate + (1 - recipe.final_rate) * fall)
+    if step <= recipe.warmup:
+        return recipe.learning_rate * step / recipe.warmup
+    fall = 0.5 * (1 + math.cos(math.pi * (step - recipe.warmup) / (recipe.steps - recipe.warmup)))
+    return recipe.learning_rate * (recipe.final_rate + (1 - recipe.final_rate) * fall)
 
 
 def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, device: torch.device, context) -> float:
     """Gradient of the mean loss per target token of the *whole* batch, whatever the microbatch; returns that mean.
 
-    Examples of one instruction and of like length go together, so that the hypernetwork runs once for them and
-    little is padding.
+    Examples of one instruction and of like length go together, so that few microbatches share an instruction, which
+    is encoded once in each, and little is padding.
     """
     tokens = sum(len(example.target) for example in examples)
     examples = sorted(examples, key=lambda example: (len(example.instruction), example.instruction, len(example.input)))
@@ -316,25 +326,24 @@ def restore(optimizer: torch.optim.Optimizer, meter: Meter, state: dict) -> None
 
 
 class Meter:
-    """Mean loss and real tokens per second (instruction, input and target; no padding) since the last reading."""
+    """Since the last reading: mean loss, and real tokens (instruction, input and target) per second of training."""
 
     def __init__(self) -> None:
-        self.last_loss = math.nan
-        self._start_again()
+        self._clear()
 
-    def _start_again(self) -> None:
-        self.losses, self._tokens, self._began = [], 0, time.perf_counter()
+    def _clear(self) -> None:
+        self.losses, self._tokens, self._seconds = [], 0, 0.0
 
-    def add(self, loss: float, examples: Iterable[Ids]) -> None:
+    def add(self, loss: float, examples: Iterable[Ids], seconds: float) -> None:
         """Count one step."""
         self.losses.append(loss)
         self._tokens += sum(map(len, (ids for example in examples for ids in example)))
+        self._seconds += seconds
 
     def read(self) -> dict[str, float]:
         """What `log.jsonl` says of these steps."""
-        self.last_loss = sum(self.losses) / len(self.losses)
-        entry = {"loss": self.last_loss, "tokens_per_second": self._tokens / (time.perf_counter() - self._began)}
-        self._start_again()
+        entry = {"loss": sum(self.losses) / len(self.losses), "tokens_per_second": self._tokens / self._seconds}
+        self._clear()
         return entry
 
 
@@ -474,7 +483,8 @@ def demo(arguments: argparse.Namespace) -> None:
     )
     task = world.unseen_compositions[0]
     print(f"\nAll of it lies in {run.out}. Ask it yourself:")
-    print(f'  python train.py predict --model {run.out} --instruction "{task.definition}" "{task.instances[0].input}"')
+    words = ["--model", str(run.out), "--instruction", task.definition, task.instances[0].input]
+    print(f"  python train.py predict {shlex.join(words)}")
 
 
 def learn_toy_world(
@@ -527,7 +537,7 @@ def pretrain(arguments: argparse.Namespace) -> None:
     run = Run(arguments.out, {**settings_of(arguments, recipe), "system": "hint", "examples": 0}, arguments.resume)
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
     source = PretrainingChunks(
-        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state()["position"] or (0, 0)
+        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state["position"] or (0, 0)
     )
     train(model, tokenizer, source, recipe, run)
     print(f"The pretrained model lies in {run.out}; finetune it with --start {run.out}")
@@ -541,7 +551,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, arguments.system)
     prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe)
     examples = encode_tasks(tasks["train"], prompts, recipe.max_target, recipe.seed)
-    source = Shuffled(examples, recipe.seed, run.state()["position"] or 0, recipe.group)
+    source = Shuffled(examples, recipe.seed, run.state["position"] or 0, recipe.group)
     answerer = Answerer(model, prompts, recipe.max_target, arguments.eval_batch_size, recipe.precision)
 
     def evaluate_at(step: int) -> None:
@@ -575,9 +585,10 @@ def predict(arguments: argparse.Namespace) -> None:
 def read_lines(file: str) -> list[str]:
     """The lines of a file; of standard input where the file is `-`."""
     try:
-        return (sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")).splitlines()
+        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: cannot be read ({error!s:.80})") from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 # --------------------------------------------------------------------------------------------- command line
