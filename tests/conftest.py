@@ -40,7 +40,7 @@ def tiny_t5(**changes) -> T5:
 def tiny_hint(**changes) -> HINT:
     """A HINT whose generated weights are large enough to be noticed."""
     model = HINT(tiny_t5(**changes), HINTConfig(bottleneck=5, prefix_length=4, generator_dropout=0.0)).eval()
-    for name, network in model.hypernetwork.networks.items():
+    for network in model.hypernetwork.networks.values():
         network[-1].weight.data *= 8
     return model
 

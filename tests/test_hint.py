@@ -55,6 +55,15 @@ def test_encoding_once_equals_encoding_each_time():
     assert not torch.equal(once, other), "the instruction must matter"
 
 
+def test_generation_says_what_the_training_pass_would_say_next():
+    """Every token of an answer, decided again by one pass with the modules in both stacks."""
+    model = never_ending(tiny_hint())
+    task, inputs = model.encode_instruction(random_ids(3, 7)), random_ids(3, 9)
+    answers = model.generate(task, inputs, max_new_tokens=12)
+    memory, mask = model._fuse(task, inputs, t5.padding_mask(inputs))
+    assert torch.equal(model.t5.decode(t5.shift_right(answers), memory, mask, task.modules).argmax(-1), answers)
+
+
 def test_each_distinct_instruction_of_a_batch_is_encoded_once_with_the_same_gradient():
     model = tiny_hint()
     instructions, inputs, labels = random_ids(2, 7).repeat_interleave(3, 0), random_ids(6, 9), random_ids(6, 6)
@@ -68,7 +77,7 @@ def test_each_distinct_instruction_of_a_batch_is_encoded_once_with_the_same_grad
     for b in range(6):
         (model(*(part[b : b + 1] for part in (instructions, inputs, labels))).loss / 6).backward()
     for parameter, gradient in zip(model.parameters(), found, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+        assert (parameter.grad - gradient).norm() <= 1e-4 * gradient.norm()
 
 
 def test_padding_of_instruction_input_and_target_changes_nothing():
@@ -83,6 +92,9 @@ def test_padding_of_instruction_input_and_target_changes_nothing():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
     found = model.generate(padded, with_padding(inputs, 4), max_new_tokens=12)
     assert torch.equal(found, model.generate(plain, inputs, max_new_tokens=12))
+    mask = torch.cat([torch.ones(2, 9), torch.zeros(2, 4)], dim=1)
+    junk = torch.cat([inputs, random_ids(2, 4)], dim=1)
+    assert torch.equal(model.generate(plain, junk, mask, 12), model.generate(plain, inputs, None, 12))
     junk = torch.cat([instructions, random_ids(2, 3)], dim=1)
     masked = model.encode_instruction(junk, torch.cat([torch.ones(2, 7), torch.zeros(2, 3)], dim=1))
     for one, other in zip(tensors_of(plain.modules), tensors_of(masked.modules), strict=True):
@@ -163,7 +175,7 @@ def test_a_file_that_is_no_task_is_refused_and_not_executed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(proof),)
 
-    for content in (b"", b"junk", pickle.dumps(Attack()), pickle.dumps({"a": 1})):
+    for content in (b"", b"junk", pickle.dumps(Attack(), protocol=2), pickle.dumps({"a": 1}, protocol=2)):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="task.pt"):
             EncodedTask.load(path)
@@ -181,6 +193,9 @@ def test_the_baseline_reads_the_input_alone():
     wanted = torch.nn.functional.cross_entropy(model.t5(inputs, t5.shift_right(labels)).flatten(0, 1), labels.flatten())
     torch.testing.assert_close(found, wanted)
     assert torch.equal(model.generate(model.encode_instruction(inputs), inputs), model.t5.generate(inputs))
+    mask = torch.cat([torch.ones(3, 5), torch.zeros(3, 4)], dim=1)
+    assert torch.equal(model.generate(None, inputs, mask, 9), model.t5.generate(inputs, mask, 9))
+    assert not torch.equal(model.generate(None, inputs, mask, 9), model.t5.generate(inputs, None, 9))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +206,7 @@ def test_sizes_that_make_no_sense_are_refused(wrong):
         HINTConfig(**wrong)
 
 
-def test_heads_need_not_divide_the_model(tmp_path):
+def test_heads_need_not_divide_the_model():
     """T5-3B has h*k = 4 d: prefixes take k of the config, never d/h."""
     config = tiny_config(d_kv=40)
     model = HINT(T5(config), HINTConfig(bottleneck=2, prefix_length=3))

@@ -102,6 +102,19 @@ def test_a_wider_adapter_costs_embeddings_and_no_wider_network():
     assert wide[0] == narrow[0] and wide[1] == 8 * narrow[1]
 
 
+def test_fresh_weights_are_scaled_by_what_goes_into_them():
+    """W_q also has the 1/sqrt(k) that the scores lack."""
+    generator = ColumnGenerator(tiny_config(d_model=256, d_kv=64), bottleneck=16, prefix_length=8)
+    wanted = {
+        generator.attention.q: (256 * 64) ** -0.5,
+        generator.attention.k: 256**-0.5,
+        generator.attention.o: 192**-0.5,
+    }
+    wanted |= {layer: 256**-0.5 for network in generator.networks.values() for layer in (network[0], network[-1])}
+    for layer, std in wanted.items():
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_each_size_and_rate_changes_what_is_generated():
     config, states, mask = tiny_config(), torch.randn(1, 7, 24), torch.ones(1, 7)
     for bottleneck, prefix in ((1, 9), (6, 2)):

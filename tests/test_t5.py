@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -23,13 +24,21 @@ FAMILIES = {  # as the hub has them
     "v1.0": dict(feed_forward_proj="relu", tie_word_embeddings=True),
     "v1.1": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "odd d_kv": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, d_kv=7, num_heads=5),
+    "other buckets": dict(
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
+        layer_norm_epsilon=1e-3,
+    ),
     "32,100 rows": dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False, vocab_size=100),
 }
 
 
 def reference(family: str) -> transformers.T5ForConditionalGeneration:
     """A randomly initialised model of transformers, with a head of its own where the family has one."""
-    sizes = dict(vocab_size=101, d_model=48, d_kv=20, d_ff=96, num_layers=3, num_decoder_layers=2, num_heads=4)
+    sizes = dict(vocab_size=101, d_model=48, d_kv=20, d_ff=96, num_layers=3, num_heads=4)
+    sizes["num_decoder_layers"] = 3 if family == "other buckets" else 2
     config = transformers.T5Config(**{**sizes, **FAMILIES[family]}, decoder_start_token_id=0)
     model = transformers.T5ForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
@@ -53,6 +62,8 @@ def as_transformers_4_wrote_it(folder) -> None:
         config["tie_word_embeddings"] = False
     else:
         config.pop("feed_forward_proj")  # v1.0 is older than the key
+    if config["num_decoder_layers"] == config["num_layers"]:
+        config.pop("num_decoder_layers")  # and than this one
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -73,7 +84,7 @@ def as_bin(folder, legacy: bool = False) -> None:
         index.unlink()
 
 
-def ids_with_padding(model) -> tuple[torch.Tensor, torch.Tensor]:
+def ids_with_padding() -> tuple[torch.Tensor, torch.Tensor]:
     """Sources of three lengths and targets, all longer than the last relative bucket."""
     source, target = random_ids(3, 180, vocab=99), random_ids(3, 170, vocab=99)
     source[1, 140:], source[2, 5:] = 0, 0
@@ -91,7 +102,7 @@ def test_logits_and_greedy_ids_are_those_of_transformers(tmp_path, family, form,
     if "bin" in form:
         as_bin(tmp_path, legacy="legacy" in form)
     ours = T5.from_pretrained(tmp_path)
-    source, target = ids_with_padding(theirs)
+    source, target = ids_with_padding()
     mask = (source != 0).long()
     with torch.no_grad():
         wanted = theirs(input_ids=source, attention_mask=mask, decoder_input_ids=target).logits
@@ -105,7 +116,7 @@ def test_greedy_ids_are_those_of_transformers_past_the_last_bucket(tmp_path, fam
     theirs = reference(family)
     theirs.lm_head.weight.data[t5.EOS] = 0
     theirs.save_pretrained(tmp_path)
-    source, _ = ids_with_padding(theirs)
+    source, _ = ids_with_padding()
     wanted = theirs.generate(source, attention_mask=(source != 0).long(), max_new_tokens=150, do_sample=False)[:, 1:]
     assert wanted.shape == (3, 150) and len(wanted.unique()) > 5
     assert torch.equal(T5.from_pretrained(tmp_path).generate(source, max_new_tokens=150), wanted)
@@ -170,6 +181,7 @@ def test_loss_is_the_cross_entropy_over_real_targets():
     torch.testing.assert_close(found.cross_entropy / 13, wanted)
     torch.testing.assert_close(found.z_loss, sum(logits[labels != -100].logsumexp(-1) ** 2))
     assert found.tokens == 13
+    assert token_loss(logits, torch.full_like(labels, -100)).loss == 0
     assert shift_right(labels)[1].tolist() == [0, *labels[1, :3].tolist(), 0]
 
 
@@ -201,6 +213,28 @@ def test_a_prefix_is_seen_by_every_query_with_no_bias_and_shifts_no_position():
     torch.testing.assert_close(found[0], attention.o(torch.stack(rows)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_blocks_are_given_the_bias_of_unshifted_positions_behind_zeros(stack):
+    """What the loop above is given by hand, seen in a real pass: real tokens keep their positions behind a prefix."""
+    model = tiny_t5()
+    modules, ids = random_modules(model.config, 2), random_ids(2, 9)
+    ids[1, 6:] = 0
+    given = {}
+    getattr(model, stack).blocks[0].register_forward_pre_hook(lambda _, inputs: given.update(bias=inputs[1]))
+    memory = model.encode(ids, None, modules)
+    if stack == "encoder":
+        wanted = model.encoder.relative_bias(9, 9) + t5.padding_bias(t5.padding_mask(ids))
+    else:
+        model.decode(ids, memory, t5.padding_mask(ids), modules)
+        wanted = model.decoder.relative_bias(9, 9) + torch.ones(9, 9).triu(1) * t5.MASKED
+    zeros = torch.zeros(*wanted.shape[:3], 4)
+    assert torch.equal(given["bias"], torch.cat([zeros, wanted], dim=-1))
+
+
+def test_padding_is_masked_so_far_that_no_score_brings_it_back():
+    assert t5.padding_bias(torch.tensor([[1, 0]])).tolist() == [[[[0, t5.MASKED]]]] and t5.MASKED <= -1e9
+
+
 def test_an_adapter_is_equation_1_beside_the_feed_forward():
     model = tiny_t5()
     adapter = random_modules(model.config, 2).encoder[0].adapter
@@ -216,6 +250,18 @@ def test_an_adapter_is_equation_1_beside_the_feed_forward():
     block.feed_forward.register_forward_pre_hook(lambda _, inputs: entered.update(u=inputs[0]))
     with_adapter = block(u, bias, t5.LayerModules(adapter))
     torch.testing.assert_close(with_adapter - plain, adapter(entered["u"]), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_stands_outside_the_dropout_of_its_layer():
+    model = tiny_t5(dropout_rate=0.9).train()
+    block, bias = model.encoder.blocks[0], torch.zeros(1, 1, 1, 1)
+    adapter = random_modules(model.config, 2).encoder[0].adapter
+    u, entered, results = torch.randn(2, 7, model.config.d_model), {}, []
+    block.feed_forward.register_forward_pre_hook(lambda _, inputs: entered.update(u=inputs[0]))
+    for layer in (t5.LayerModules(), t5.LayerModules(adapter)):
+        torch.manual_seed(1)
+        results.append(block(u, bias, layer))
+    torch.testing.assert_close(results[1] - results[0], adapter(entered["u"]), atol=1e-3, rtol=1e-4)
 
 
 def test_zero_adapters_and_no_prefix_are_plain_t5():
@@ -289,6 +335,8 @@ def test_padding_changes_nothing_and_a_mask_means_what_padding_means():
     junk = torch.cat([source, random_ids(2, 5)], dim=1)
     mask = torch.cat([torch.ones(2, 9), torch.zeros(2, 5)], dim=1)
     torch.testing.assert_close(model(junk, target, mask), wanted, atol=1e-5, rtol=0)
+    assert torch.equal(model.generate(junk, mask, 9), model.generate(source, None, 9))
+    assert not torch.equal(model.generate(junk, None, 9), model.generate(source, None, 9))
     assert (model(junk, target) - wanted).abs().max() > 1e-3, "unmasked ids must be read"
     longer = torch.cat([target, random_ids(2, 3)], dim=1)
     torch.testing.assert_close(model(source, longer)[:, :6], wanted, atol=1e-5, rtol=0)
@@ -303,48 +351,71 @@ def test_gradient_checkpointing_gives_the_same_gradient_with_dropout_and_modules
         prefix = modules.encoder[0].prefix.key.requires_grad_()
         model.set_gradient_checkpointing(on)
         source, target = random_ids(2, 9), random_ids(2, 6)
-        passes = []
-        model.encoder.blocks[0].feed_forward.register_forward_hook(lambda *_: passes.append(1))
+        passes = {"encoder": 0, "decoder": 0}
+
+        def count(module, *_, passes=passes, model=model):
+            passes["encoder" if module is model.encoder.blocks[0].feed_forward else "decoder"] += 1
+
+        for stack in (model.encoder, model.decoder):
+            stack.blocks[0].feed_forward.register_forward_hook(count)
         mask = torch.ones_like(source)
         torch.manual_seed(2)
         token_loss(model.decode(target, model.encode(source, mask, modules), mask, modules), target).loss.backward()
         gradients.append([prefix.grad, *(parameter.grad for parameter in model.parameters())])
-        assert len(passes) == 1 + on
+        assert passes == {"encoder": 1 + on, "decoder": 1 + on}, "each block is computed again in the backward pass"
     for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.equal(plain, checkpointed)
 
 
 def test_dropout_acts_wherever_t5_has_it():
-    """Embeddings, attention weights, hidden units, each sublayer's output and the final states: counted by hooks."""
+    """Counted in one pass: embeddings and final states of a stack, the output of each sublayer, attention weights and
+    hidden units."""
     model = tiny_t5(dropout_rate=0.5).train()
-    acted = set()
+    acted = Counter()
+
+    def count(name):
+        return lambda _, x, y: acted.update([name] if not torch.equal(x[0], y) else [])
+
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(
-                lambda _, x, y, name=name: acted.add(name) if not torch.equal(x[0], y) else None
-            )
+            module.register_forward_hook(count(name))
     model(random_ids(2, 9), random_ids(2, 6))
-    places = {
-        "encoder": ("", "self_attention.", "feed_forward."),
-        "decoder": ("", "self_attention.", "cross_attention.", "feed_forward."),
-    }
-    wanted = {f"{stack}.dropout" for stack in places}
-    for stack, layers in (("encoder", 2), ("decoder", 3)):
-        wanted |= {f"{stack}.blocks.{layer}.{place}dropout" for layer in range(layers) for place in places[stack]}
+    wanted = {"encoder.dropout": 2, "decoder.dropout": 2}
+    for stack, layers, inside in (
+        ("encoder", 2, ("self_attention", "feed_forward")),
+        ("decoder", 3, ("self_attention", "cross_attention", "feed_forward")),
+    ):
+        for layer in range(layers):
+            wanted[f"{stack}.blocks.{layer}.dropout"] = len(inside)
+            wanted |= {f"{stack}.blocks.{layer}.{part}.dropout": 1 for part in inside}
     assert acted == wanted
     model.eval()
     source, target = random_ids(2, 9), random_ids(2, 6)
     assert torch.equal(model(source, target), model(source, target))
 
 
-def test_softmax_and_norm_are_taken_in_fp32_under_bf16():
+def test_fresh_weights_are_scaled_by_what_goes_into_them():
+    """W_q also has the 1/sqrt(k) that the scores lack; a fresh model has scores, hidden units and logits of about 1."""
+    model = T5(tiny_config(vocab_size=300, d_model=256, d_kv=64, d_ff=512))
+    attention, feed_forward = model.decoder.blocks[0].cross_attention, model.decoder.blocks[0].feed_forward
+    wanted = {
+        attention.q: (256 * 64) ** -0.5, attention.k: 256**-0.5, attention.v: 256**-0.5, attention.o: 192**-0.5,
+        feed_forward.wi_0: 256**-0.5, feed_forward.wi_1: 256**-0.5, feed_forward.wo: 512**-0.5,
+        model.lm_head: 256**-0.5, model.shared: 1.0,
+    }  # fmt: skip
+    for module, std in wanted.items():
+        assert module.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert model.encoder.relative_bias.weight.std().item() == pytest.approx(0.5, rel=0.3)
+
+
+def test_norm_and_loss_are_taken_in_fp32_under_bf16():
     x = torch.randn(2, 3, 24) * 100
-    norm = t5.RMSNorm(24, 1e-6)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    assert (norm(x.bfloat16()).double() - exact).abs().max() < 0.02
-    key = torch.randn(1, 1, 2000, 8).bfloat16()
-    weights = t5.attend(torch.zeros(1, 1, 1, 8).bfloat16(), key, torch.ones_like(key), torch.zeros(1), lambda w: w)
-    torch.testing.assert_close(weights, torch.ones_like(weights), atol=0.01, rtol=0)
+    assert (t5.RMSNorm(24, 1e-6)(x.bfloat16()).double() - exact).abs().max() < 0.02
+    logits, labels = torch.randn(2, 4, 5000).bfloat16(), torch.randint(0, 5000, (2, 4))
+    found = token_loss(logits, labels)
+    assert found.loss.dtype == torch.float32
+    torch.testing.assert_close(found.loss, token_loss(logits.float(), labels).loss, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size", t5.SIZES)
@@ -432,19 +503,78 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path, length):
     assert "model.safetensors" in complaint(tmp_path)
 
 
-def test_a_header_that_lies_is_refused_before_memory_is_asked_for(tmp_path):
+@pytest.mark.parametrize(
+    "header, body, message",
+    [
+        (
+            {"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
+            8,
+            "holds 8 bytes of tensors where",
+        ),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 12, "holds 12 bytes of tensors where"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, 8, "does not fit its bytes"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "does not fit its bytes"),
+        ({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}, 8, "no whole number"),
+        ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, 8, "no whole number"),
+        ({"a": {"dtype": "Q3", "shape": [2], "data_offsets": [0, 8]}}, 8, "Q3"),
+        ({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"}, 8, "overlap or leave a gap"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "overlap or leave a gap"),
+        ({"a": 3}, 8, "no safetensors header"),
+        ([1], 8, "not a JSON object"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_memory_is_asked_for(tmp_path, header, body, message):
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(body))
+    with pytest.raises(CheckpointError, match=f"x.safetensors.*{message}"):
+        t5.read_safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"1234567", (10**15).to_bytes(8, "little") + b"{}", (3).to_bytes(8, "little") + b"{}"]
+)
+def test_a_file_shorter_than_its_header_is_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is cut short"):
+        t5.read_safetensors(tmp_path / "x.safetensors")
+
+
+def test_what_is_written_is_aligned_and_says_what_it_is(tmp_path):
+    """Other readers map tensors in place, and transformers asks for `format: pt` and the start token."""
     saved(tmp_path)
-    for header in (
-        {"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
-        {"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}},
-        {"a": {"dtype": "Q3", "shape": [2], "data_offsets": [0, 8]}},
-        {"a": 3},
-        [1],
-    ):
-        text = json.dumps(header).encode()
-        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-        complaint(tmp_path)
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0 and json.loads(content[8 : 8 + length])["__metadata__"] == {"format": "pt"}
+    assert json.loads((tmp_path / "config.json").read_text())["decoder_start_token_id"] == 0
+    assert t5.read_metadata(tmp_path / "model.safetensors") == {"format": "pt"}
+
+
+def test_a_file_that_is_being_replaced_keeps_its_content_until_the_new_one_is_whole(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(OSError), t5.replacing(tmp_path / "file") as file:
+        file.write(b"half of the n")
+        raise OSError(28, "No space left on device")
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+    with t5.replacing(tmp_path / "file") as file:
+        file.write(b"new")
+        assert (tmp_path / "file").read_text() == "old"
+    assert (tmp_path / "file").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"a": 3}, {1: torch.ones(2)}])
+def test_a_bin_file_that_is_no_dictionary_of_tensors_is_refused(tmp_path, content):
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    assert "not a dictionary of tensors" in complaint(tmp_path)
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({**tensors, "shared.weight": tensors["shared.weight"].long()}, tmp_path / "pytorch_model.bin")
+    assert "shared.weight does not hold floating-point numbers" in complaint(tmp_path)
 
 
 def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path):
@@ -460,7 +590,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path):
         if protocol_file == "zip":
             torch.save({"shared.weight": Attack()}, tmp_path / "pytorch_model.bin")
         else:
-            (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"shared.weight": Attack()}))
+            (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"shared.weight": Attack()}, protocol=2))
         assert "pytorch_model.bin" in complaint(tmp_path)
         assert not proof.exists()
     pickle.loads(pickle.dumps(Attack()))
@@ -468,16 +598,27 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_does_not_run(tmp_path):
 
 
 def test_shards_that_are_missing_or_lie_outside_are_refused(tmp_path):
-    theirs = reference("v1.1")
-    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
-    index = tmp_path / "model.safetensors.index.json"
+    folder = tmp_path / "checkpoint"
+    reference("v1.1").save_pretrained(folder, max_shard_size="60KB")
+    index = folder / "model.safetensors.index.json"
     found = json.loads(index.read_text())
-    first = next(iter(found["weight_map"]))
-    for shard in ("../elsewhere.safetensors", "absent.safetensors", 3):
-        index.write_text(json.dumps({**found, "weight_map": {**found["weight_map"], first: shard}}))
-        assert index.name in complaint(tmp_path)
-    index.write_text(json.dumps({**found, "weight_map": {**found["weight_map"], "ghost": found["weight_map"][first]}}))
-    assert "ghost" in complaint(tmp_path)
+    first, shard = next(iter(found["weight_map"].items()))
+    (tmp_path / "elsewhere.safetensors").write_bytes((folder / shard).read_bytes())  # whole, but not of this folder
+
+    def with_map(**changes):
+        index.write_text(json.dumps({**found, "weight_map": {**found["weight_map"], **changes}}))
+        return complaint(folder)
+
+    inside = {name: "../elsewhere.safetensors" for name, place in found["weight_map"].items() if place == shard}
+    assert "'../elsewhere.safetensors', which is not there" in with_map(**inside)
+    assert "absent.safetensors" in with_map(**{first: "absent.safetensors"})
+    assert "no weight_map" in with_map(**{first: 3})
+    assert "differ in ghost" in with_map(ghost=shard)
+    hidden = {name: place for name, place in found["weight_map"].items() if name != first}
+    index.write_text(json.dumps({**found, "weight_map": hidden}))
+    assert f"differ in {first}" in complaint(folder)
+    (folder / "twin.safetensors").write_bytes((folder / shard).read_bytes())
+    assert "which another shard holds too" in with_map(**{first: "twin.safetensors"})
 
 
 @pytest.mark.parametrize(
@@ -485,7 +626,7 @@ def test_shards_that_are_missing_or_lie_outside_are_refused(tmp_path):
     [
         dict(d_model=None), dict(d_model="24"), dict(d_model=-1), dict(d_model=10**12), dict(num_layers=10**6), dict(num_heads=True),
         dict(feed_forward_proj="gated-silu"), dict(dropout_rate=2), dict(layer_norm_epsilon="small"), dict(tie_word_embeddings=1),
-        dict(relative_attention_num_buckets=1), dict(relative_attention_max_distance=3),
+        dict(relative_attention_num_buckets=1), dict(relative_attention_num_buckets=6), dict(relative_attention_max_distance=16),
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_sense_is_refused(tmp_path, change):

@@ -14,7 +14,7 @@ from conftest import SHARED, needs_shared, tiny_hint, tiny_t5
 from test_data import TASK, spiece, tokenizer, write_shards, write_task  # noqa: F401 (fixtures)
 
 import train
-from data import HINTFormat, Ids
+from data import HINTFormat, Ids, Task
 from hint import HINT, PlainT5, load_model
 from t5 import T5, T5Config
 
@@ -92,7 +92,7 @@ def test_finetune_evaluate_and_predict_work_on_each_other_s_folders(tmp_path, sn
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
-def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sni, start, spiece):
+def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sni, start):
     shards, out = write_shards(tmp_path, 300), tmp_path / "pre"
     train.main(["pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 60, "--learning-rate", 0.02, "--bottleneck", 3,
                 "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 16, "--log-every", 20] | Texts())  # fmt: skip
@@ -130,6 +130,28 @@ def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, cap
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
 
 
+def test_finetuning_sees_the_training_split_alone(tmp_path, sni, start, monkeypatch):
+    seen, real = [], train.encode_tasks
+    monkeypatch.setattr(
+        train, "encode_tasks", lambda tasks, *rest: (seen.extend(t.name for t in tasks), real(tasks, *rest))[1]
+    )
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    assert seen == ["train_1", "train_2", "train_3"]
+    rows = (tmp_path / "run" / "predictions.jsonl").read_text()
+    assert "test_1" in rows and "test_2" in rows and "train" not in rows
+
+
+def test_an_evaluation_on_the_way_changes_nothing(tmp_path, sni, start):
+    """Dropout must act again after it, and no random number may be used up; there is none at the last step."""
+    for name, more in (("plain", ()), ("evaluated", ("--eval-every", 1))):
+        finetune(sni, start, tmp_path / name, "--steps", 3, "--dropout", 0.3, *more)
+    losses = [
+        [entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry] for name in ("plain", "evaluated")
+    ]
+    assert losses[0] == losses[1]
+    assert [entry["step"] for entry in log_of(tmp_path / "evaluated") if "rougeL" in entry] == [1, 2]
+
+
 def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(tmp_path, sni, start):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         finetune(sni, start, tmp_path / name, "--steps", 3, "--seed", seed)
@@ -163,16 +185,80 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, sni, start, monk
         finetune(sni, start, tmp_path / "halves", *options)
     monkeypatch.setattr(train, "accumulate_gradient", real)
     with open(tmp_path / "halves" / "log.jsonl", "a") as log:
-        log.write('{"step": 5, "lo')  # killed while it wrote a line
+        log.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')  # killed after the checkpoint, while it wrote a line
     assert (tmp_path / "halves" / "training-4.pt").is_file()
     finetune(sni, start, tmp_path / "halves", *options, "--resume")
-    one, other = (T5_weights(tmp_path / name) for name in ("whole", "halves"))
+    one, other = (weights_of(tmp_path / name) for name in ("whole", "halves"))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     losses = [[(entry["step"], entry["loss"]) for entry in log_of(tmp_path / name)] for name in ("whole", "halves")]
     assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [3, 6, 7]
 
 
-def T5_weights(folder):
+def test_a_resumed_pretraining_goes_on_in_the_text(tmp_path, start, monkeypatch):
+    shards = write_shards(tmp_path, 300)
+
+    def pretrain(out, *more):
+        train.main(["pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 5, "--save-every", 2,
+                    "--bottleneck", 3, "--prefix-length", 2, *FAST, *more] | Texts())  # fmt: skip
+
+    pretrain(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train.Meter, "add", lambda *_: 1 / 0 if (tmp_path / "halves" / "training-2.pt").exists() else None
+        )
+        patch.setattr(train.Meter, "read", lambda _: {"loss": 0})
+        with pytest.raises(ZeroDivisionError):
+            pretrain(tmp_path / "halves")
+    pretrain(tmp_path / "halves", "--resume")
+    one, other = (weights_of(tmp_path / name) for name in ("whole", "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_checkpoint_that_could_not_be_finished_leaves_the_last_one_whole(tmp_path, sni, start, monkeypatch):
+    """The disk is full when the weights of step 4 are written: their training state must not have replaced step 2's."""
+    options = ("--steps", 6, "--save-every", 2)
+    finetune(sni, start, tmp_path / "whole", *options)
+    real = HINT.save_pretrained
+
+    def full(model, folder, notes=None, metadata=None):
+        if metadata["step"] == "4":
+            raise OSError(28, "No space left on device", "model.safetensors")
+        real(model, folder, notes, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HINT, "save_pretrained", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            finetune(sni, start, tmp_path / "halves", *options)
+    finetune(sni, start, tmp_path / "halves", *options, "--resume")
+    one, other = (weights_of(tmp_path / name) for name in ("whole", "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert [path.name for path in (tmp_path / "halves").glob("training-*")] == ["training-6.pt"]
+
+
+def test_only_a_run_is_resumed_and_nothing_of_another_folder_is_touched(tmp_path, sni, start):
+    before = {path.name: path.read_bytes() for path in start.iterdir()}
+    for content in (before["config.json"], b'{"run": 3}', b"{"):
+        (start / "config.json").write_bytes(content)
+        with pytest.raises(SystemExit, match="public-t5"):
+            finetune(sni, SHARED, start, "--steps", 1, "--resume")
+        assert {path.name for path in start.iterdir()} == set(before) and (
+            start / "config.json"
+        ).read_bytes() == content
+
+
+def test_a_training_state_that_wants_to_run_code_is_refused(tmp_path, sni, start):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it-ran"),)
+
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    torch.save(Attack(), tmp_path / "run" / "training-1.pt")
+    with pytest.raises(SystemExit, match="training-1.pt"):
+        finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
+    assert not (tmp_path / "it-ran").exists()
+
+
+def weights_of(folder):
     return [parameter for _, parameter in load_model(folder).named_parameters()]
 
 
@@ -198,13 +284,49 @@ def test_inputs_come_from_arguments_a_file_or_standard_input(tmp_path, sni, star
     assert command_line(*ask, input="").stdout == ""
 
 
-def test_evaluation_encodes_each_instruction_once(tmp_path, tokenizer):
+def test_evaluation_encodes_each_instruction_once(tokenizer):
     model = tiny_hint(vocab_size=300)
     seen = []
     model.hypernetwork.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
     task = replace(TASK, instances=TASK.instances * 7)
     answerer = train.Answerer(model, HINTFormat(tokenizer), 4, batch_size=2, precision="fp32")
     assert len(answerer.predictions([task, task])) == 14 and seen == [1, 1]
+
+
+def test_answers_are_computed_in_the_precision_asked_for(tokenizer):
+    model, kinds = tiny_hint(vocab_size=300), set()
+    model.t5.decoder.blocks[0].self_attention.q.register_forward_hook(lambda _, __, out: kinds.add(out.dtype))
+    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        kinds.clear()
+        train.Answerer(model, HINTFormat(tokenizer), 3, batch_size=2, precision=precision).answers(TASK)
+        assert kinds == {kind}
+
+
+def test_options_of_answering_act(tmp_path, sni, start, spiece, capsys):
+    """A model without a tokenizer of its own, answers of one token, another number of examples."""
+    out = tmp_path / "run"
+    finetune(sni, start, out, "--steps", 1, "--tokenizer", spiece)
+    (out / "tokenizer.json").unlink()
+    evaluate = ("evaluate", "--model", out, "--data", sni, "--tokenizer", spiece)
+    train.main([*evaluate, "--out", tmp_path / "long"] | Texts())
+    train.main([*evaluate, "--out", tmp_path / "short", "--max-new-tokens", 1] | Texts())
+    said = {}
+    for name in ("long", "short"):
+        rows = [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
+        said[name] = sum(len(row["prediction"]) for row in rows)
+    assert said["short"] < said["long"]
+    asked = []
+    answerer = train.answerer_of(train.parser().parse_args([*evaluate, "--out", "x", "--examples", 1] | Texts()))
+    asked.append(answerer.prompts.examples)
+    answerer = train.answerer_of(train.parser().parse_args([*evaluate, "--out", "x"] | Texts()))
+    assert asked + [answerer.prompts.examples] == [1, 0]
+
+
+def test_a_public_t5_answers_as_tk_instruct_unless_told_otherwise(start):
+    ask = ["predict", "--model", start, "--instruction", "x"]
+    plain = train.answerer_of(train.parser().parse_args(ask | Texts()))
+    told = train.answerer_of(train.parser().parse_args([*ask, "--system", "no-instruct"] | Texts()))
+    assert isinstance(plain.prompts, train.TkInstructFormat) and isinstance(told.prompts, train.NoInstructFormat)
 
 
 class Echo(torch.nn.Module):
@@ -264,10 +386,11 @@ def test_adafactor_steps_as_the_paper_says():
     torch.manual_seed(3)
     model = torch.nn.ParameterList([torch.randn(5, 4) * 0.3, torch.randn(6) * 1e-5])
     gradients = [[torch.randn(5, 4), torch.randn(6)], [torch.randn(5, 4), torch.randn(6)]]
+    gradients[1][0] *= 10  # a sudden gradient, whose update is clipped
     gradients[1][0][2] = 0  # an unused row of an embedding
     wanted = [parameter.detach().double().clone() for parameter in model]
     rows, columns, squares = torch.zeros(5), torch.zeros(4), torch.zeros(6)
-    optimizer = train.adafactor(model, 1e-2)
+    optimizer, clipped = train.adafactor(model, 1e-2), []
     for step in (1, 2):
         for parameter, found in zip(model, gradients[step - 1]):
             parameter.grad = found
@@ -279,9 +402,11 @@ def test_adafactor_steps_as_the_paper_says():
         squares = beta * squares + (1 - beta) * vector.square()
         updates = [matrix / (rows[:, None] * columns / rows.mean()).sqrt().clamp(min=1e-18), vector / squares.sqrt()]
         for number, update in enumerate(updates):
+            clipped.append(update.square().mean().sqrt().item() > 1)
             update = update / max(1.0, update.square().mean().sqrt().item())
             size = max(1e-3, wanted[number].square().mean().sqrt().item())
             wanted[number] = wanted[number] - 1e-2 * size * update
+    assert clipped[2], "the clipping must act"
     for parameter, right in zip(model, wanted):
         assert parameter.isfinite().all()
         torch.testing.assert_close(parameter.double(), right, atol=1e-6, rtol=1e-4)
@@ -292,7 +417,41 @@ def test_the_learning_rate_is_constant_or_rises_and_falls_as_asked():
     assert {train.learning_rate(step, constant) for step in (1, 50, 100)} == {1e-3}
     cosine = replace(constant, warmup=10, final_rate=0.1)
     rates = [train.learning_rate(step, cosine) for step in range(1, 101)]
-    assert rates[4] < rates[9] and rates[9] == max(rates) and rates[-1] == pytest.approx(1e-4)
+    assert rates[4] == pytest.approx(5e-4) and rates[9] == max(rates) == 1e-3 and rates[-1] == pytest.approx(1e-4)
+    assert rates[54] == pytest.approx(5.5e-4), "half-way down"
+    assert train.learning_rate(5, replace(cosine, steps=5)) == pytest.approx(5e-4), "a run that ends in its warm-up"
+
+
+def test_the_meter_means_losses_and_counts_real_tokens_of_training():
+    meter = train.Meter()
+    meter.add(1.0, [Ids([5, 1], [6, 1], [7, 1])], seconds=0.5)
+    meter.add(3.0, [Ids([5, 5, 1], [1], [1]), Ids([1], [1], [1])], seconds=1.5)
+    assert meter.read() == {"loss": 2.0, "tokens_per_second": 7.0} and meter.losses == []
+
+
+def test_gradient_checkpointing_is_asked_of_t5(tmp_path, sni, start, monkeypatch):
+    asked = []
+    monkeypatch.setattr(T5, "set_gradient_checkpointing", lambda _, on: asked.append(on))
+    finetune(sni, start, tmp_path / "plain", "--steps", 1)
+    finetune(sni, start, tmp_path / "checkpointed", "--steps", 1, "--gradient-checkpointing")
+    assert asked == [False, True]
+
+
+def test_a_control_is_no_part_of_the_whole_and_is_told_nothing(tmp_path):
+    row = {"id": "a", "task": "t", "references": ["yes"]}
+    train.report({"seen": [{**row, "prediction": "yes"}]}, tmp_path, control={"blind": [{**row, "prediction": "no"}]})
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert {name: found["exact_match"] for name, found in metrics.items()} == {"seen": 100, "overall": 100, "blind": 0}
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 1
+    told = train.without_instruction(TASK)
+    assert (told.definition, told.examples, told.instances) == ("", (), TASK.instances) and isinstance(told, Task)
+
+
+def test_the_first_free_name_is_taken(tmp_path):
+    name = str(tmp_path / "demo")
+    for wanted in (name, f"{name}-2", f"{name}-3"):
+        assert train.first_free(name) == wanted
+        Path(wanted).mkdir()
 
 
 def test_dropout_of_the_recipe_reaches_t5_and_the_generator_s_attention():
@@ -342,7 +501,7 @@ def refused(done: subprocess.CompletedProcess, *expected: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_bad_input_ends_in_one_sentence_and_leaves_nothing_behind(tmp_path, sni, start, spiece):
+def test_bad_input_ends_in_one_sentence_and_leaves_nothing_behind(tmp_path, sni, start):
     """Each through the real command line; the library's own tests try every form of damage."""
     out = tmp_path / "out"
     run = ("finetune", "--out", out, "--steps", 1, *FAST)
@@ -377,6 +536,20 @@ def test_other_commands_refuse_in_the_same_way(tmp_path, sni, start):
     )
     refused(command_line("no-such-command"), "no-such-command")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(dropout=1.0), dict(final_rate=1.5), dict(steps=0), dict(learning_rate=-1.0), dict(max_input=3)]
+)
+def test_a_recipe_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(train.RunError, match="--" + next(iter(wrong)).replace("_", "-")):
+        train.Recipe(**wrong)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, sni, start, spiece):
+    tiny_t5(vocab_size=64).save_pretrained(start)
+    with pytest.raises(SystemExit, match="tokens, the model only 64"):
+        finetune(sni, start, tmp_path / "run", "--steps", 1)
 
 
 def test_resume_wants_the_same_options(tmp_path, sni, start):
