@@ -45,15 +45,18 @@ def start(tmp_path, spiece) -> Path:
 
 
 def finetune(sni, start, out, *more):
-    train.main(["finetune", "--data", sni, "--start", start, "--out", out, "--bottleneck", "3", "--prefix-length", "2",
-                "--max-target", "8", "--max-instruction", "40", *FAST, *more] | Texts())  # fmt: skip
+    run("finetune", "--data", sni, "--start", start, "--out", out, "--bottleneck", "3", "--prefix-length", "2",
+                "--max-target", "8", "--max-instruction", "40", *FAST, *more)  # fmt: skip
 
 
-class Texts:
-    """`words | Texts()`: a command line of texts."""
+def run(*words):
+    """`python train.py ...` in this process."""
+    train.main([str(word) for word in words])
 
-    def __ror__(self, words):
-        return [str(word) for word in words]
+
+def parsed(*words):
+    """The options of a command line."""
+    return train.parser().parse_args([str(word) for word in words])
 
 
 def log_of(run: Path) -> list[dict]:
@@ -85,20 +88,20 @@ def test_finetune_evaluate_and_predict_work_on_each_other_s_folders(tmp_path, sn
     assert set(metrics) == {"test_1", "test_2", "overall"} and set(metrics["overall"]) == {"exact_match", "rougeL"}
     assert "overall" in capsys.readouterr().out
 
-    train.main(["evaluate", "--model", out, "--data", sni, "--out", tmp_path / "again", "--batch-size", 3] | Texts())
+    run("evaluate", "--model", out, "--data", sni, "--out", tmp_path / "again", "--batch-size", 3)
     assert (tmp_path / "again" / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
     capsys.readouterr()
-    train.main(["predict", "--model", out, "--instruction", "Say it.", "in 0", "in 1", "in 2"] | Texts())
+    run("predict", "--model", out, "--instruction", "Say it.", "in 0", "in 1", "in 2")
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sni, start):
     shards, out = write_shards(tmp_path, 300), tmp_path / "pre"
-    train.main(["pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 60, "--learning-rate", 0.02, "--bottleneck", 3,
-                "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 16, "--log-every", 20] | Texts())  # fmt: skip
+    run("pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 60, "--learning-rate", 0.02, "--bottleneck", 3,
+                "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 16, "--log-every", 20)  # fmt: skip
     losses = [entry["loss"] for entry in log_of(out)]
     assert losses[-1] < losses[0] - 0.5, "the text has few words: learning them alone lowers the loss by more"
-    train.main(["finetune", "--data", sni, "--start", out, "--out", tmp_path / "fine", "--steps", 1, *FAST] | Texts())
+    run("finetune", "--data", sni, "--start", out, "--out", tmp_path / "fine", "--steps", 1, *FAST)
     fine = HINT.from_pretrained(tmp_path / "fine")
     assert (fine.config.bottleneck, fine.config.prefix_length) == (3, 2)
     drift = (fine.t5.shared.weight - HINT.from_pretrained(out).t5.shared.weight).abs().max()
@@ -108,7 +111,7 @@ def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sn
 def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, capsys):
     """The demo's own command, with fewer steps."""
     monkeypatch.setattr(train, "DEMO", replace(train.DEMO, steps=3, save_every=3))
-    train.main(["demo", "--out", str(tmp_path / "demo")])
+    run("demo", "--out", tmp_path / "demo")
     text = capsys.readouterr().out
     for expected in (
         "unseen arguments",
@@ -198,8 +201,8 @@ def test_a_resumed_pretraining_goes_on_in_the_text(tmp_path, start, monkeypatch)
     shards = write_shards(tmp_path, 300)
 
     def pretrain(out, *more):
-        train.main(["pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 5, "--save-every", 2,
-                    "--bottleneck", 3, "--prefix-length", 2, *FAST, *more] | Texts())  # fmt: skip
+        run("pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 5, "--save-every", 2,
+                    "--bottleneck", 3, "--prefix-length", 2, *FAST, *more)  # fmt: skip
 
     pretrain(tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -308,24 +311,24 @@ def test_options_of_answering_act(tmp_path, sni, start, spiece, capsys):
     finetune(sni, start, out, "--steps", 1, "--tokenizer", spiece)
     (out / "tokenizer.json").unlink()
     evaluate = ("evaluate", "--model", out, "--data", sni, "--tokenizer", spiece)
-    train.main([*evaluate, "--out", tmp_path / "long"] | Texts())
-    train.main([*evaluate, "--out", tmp_path / "short", "--max-new-tokens", 1] | Texts())
+    run(*evaluate, "--out", tmp_path / "long")
+    run(*evaluate, "--out", tmp_path / "short", "--max-new-tokens", 1)
     said = {}
     for name in ("long", "short"):
         rows = [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
         said[name] = sum(len(row["prediction"]) for row in rows)
     assert said["short"] < said["long"]
     asked = []
-    answerer = train.answerer_of(train.parser().parse_args([*evaluate, "--out", "x", "--examples", 1] | Texts()))
+    answerer = train.answerer_of(parsed(*evaluate, "--out", "x", "--examples", 1))
     asked.append(answerer.prompts.examples)
-    answerer = train.answerer_of(train.parser().parse_args([*evaluate, "--out", "x"] | Texts()))
+    answerer = train.answerer_of(parsed(*evaluate, "--out", "x"))
     assert asked + [answerer.prompts.examples] == [1, 0]
 
 
 def test_a_public_t5_answers_as_tk_instruct_unless_told_otherwise(start):
     ask = ["predict", "--model", start, "--instruction", "x"]
-    plain = train.answerer_of(train.parser().parse_args(ask | Texts()))
-    told = train.answerer_of(train.parser().parse_args([*ask, "--system", "no-instruct"] | Texts()))
+    plain = train.answerer_of(parsed(*ask))
+    told = train.answerer_of(parsed(*ask, "--system", "no-instruct"))
     assert isinstance(plain.prompts, train.TkInstructFormat) and isinstance(told.prompts, train.NoInstructFormat)
 
 
@@ -564,10 +567,7 @@ def test_a_hint_folder_keeps_its_sizes_and_its_kind(tmp_path, sni, start):
     finetune(sni, start, tmp_path / "run", "--steps", 1)
     for more, message in ((("--bottleneck", "4"), "cannot be changed"), (("--system", "tk-instruct"), "cannot become")):
         with pytest.raises(SystemExit, match=message):
-            train.main(
-                ["finetune", "--data", sni, "--start", tmp_path / "run", "--out", tmp_path / "x", *FAST, *more]
-                | Texts()
-            )
+            run("finetune", "--data", sni, "--start", tmp_path / "run", "--out", tmp_path / "x", *FAST, *more)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, sni, start, monkeypatch):
@@ -612,8 +612,8 @@ def test_help_of_every_command_fits_its_options():
 def test_the_real_data_train_and_score_with_the_real_vocabulary(tmp_path):
     """Two tasks' worth of steps of a tiny model on Super-NaturalInstructions and its twelve unseen tasks."""
     out = tmp_path / "run"
-    train.main(["finetune", "--data", SHARED / "sni", "--size", "tiny", "--tokenizer", SHARED / "t5", "--out", out, "--steps", 2,
-                "--max-instances", 2, "--max-instruction", 64, "--max-target", 4, "--bottleneck", 4, "--prefix-length", 2, *FAST] | Texts())  # fmt: skip
+    run("finetune", "--data", SHARED / "sni", "--size", "tiny", "--tokenizer", SHARED / "t5", "--out", out, "--steps", 2,
+                "--max-instances", 2, "--max-instruction", 64, "--max-target", 4, "--bottleneck", 4, "--prefix-length", 2, *FAST)  # fmt: skip
     assert len((out / "predictions.jsonl").read_text().splitlines()) == 24
     assert len(json.loads((out / "metrics.json").read_text())) == 13
     assert T5Config(**HINT.from_pretrained(out).t5.config.__dict__).vocab_size == 32_128 and isinstance(

@@ -27,6 +27,7 @@ SETTINGS = {  # what differs from the demo: the recipe, T5, the generator, the w
     "every example of another task": dict(recipe=dict(group=1)),
     "4,000 steps": dict(recipe=dict(steps=4000)),
     "column embeddings of d^-0.5": dict(hint=dict(embedding_scale=1.0)),
+    "half the learning rate": dict(recipe=dict(learning_rate=0.015)),
 }
 
 
