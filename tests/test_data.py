@@ -108,6 +108,26 @@ def test_both_real_files_give_the_same_ids_and_those_of_sentencepiece():
     assert len(texts) > 1000
 
 
+def test_a_public_name_is_read_offline_from_the_hub_s_cache(tmp_path, spiece, tokenizer):
+    """A repository that ships spiece.model alone, in a process that may not use the network."""
+    snapshot = tmp_path / "models--someone--v1_1" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "spiece.model").write_bytes(spiece.read_bytes())
+    (tmp_path / "models--someone--v1_1" / "refs").mkdir()
+    (tmp_path / "models--someone--v1_1" / "refs" / "main").write_text("a" * 40)
+    program = (
+        "import data; print(data.load_tokenizer('someone/v1_1').encode('the cat').ids)\n"
+        "try: data.load_tokenizer('someone/absent')\n"
+        "except data.DataError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        str(tokenizer.encode("the cat").ids),
+        "someone/absent: no tokenizer.json and no spiece.model there",
+    ]
+
+
 def test_tokenizer_json_is_preferred_and_read_as_it_is(tmp_path, spiece, tokenizer):
     (tmp_path / "spiece.model").write_bytes(spiece.read_bytes())
     assert load_tokenizer(tmp_path).encode("the cat").ids == tokenizer.encode("the cat").ids

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -249,13 +250,19 @@ def test_only_a_run_is_resumed_and_nothing_of_another_folder_is_touched(tmp_path
         ).read_bytes() == content
 
 
-def test_a_training_state_that_wants_to_run_code_is_refused(tmp_path, sni, start):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "it-ran"),)
+class MakesAFolder:
+    """A pickle of it runs code wherever it is read without care."""
 
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_training_state_that_wants_to_run_code_is_refused(tmp_path, sni, start):
     finetune(sni, start, tmp_path / "run", "--steps", 1)
-    torch.save(Attack(), tmp_path / "run" / "training-1.pt")
+    torch.save(MakesAFolder(tmp_path / "it-ran"), tmp_path / "run" / "training-1.pt")
     with pytest.raises(SystemExit, match="training-1.pt"):
         finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
     assert not (tmp_path / "it-ran").exists()
@@ -518,6 +525,15 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing_behind(tmp_path, sni,
     refused(command_line(*run, "--data", sni, "--size", "tiny"), "--tokenizer")
     (start / "model.safetensors").write_bytes(weights[:-5])
     refused(command_line(*run, *good), "model.safetensors")
+    (start / "model.safetensors").unlink()
+    (start / "pytorch_model.bin").write_bytes(
+        pickle.dumps({"shared.weight": MakesAFolder(tmp_path / "it-ran")}, protocol=2)
+    )
+    refused(command_line(*run, *good), "pytorch_model.bin")
+    torch.save({"shared.weight": torch.ones(2)}, start / "pytorch_model.bin")
+    refused(command_line(*run, *good), "lacks decoder.block.0", "and 61 more")
+    assert not (tmp_path / "it-ran").exists()
+    (start / "pytorch_model.bin").unlink()
     (start / "model.safetensors").write_bytes(weights)
     (sni / "tasks" / "train_2.json").write_text("{")
     refused(command_line(*run, *good), "train_2.json", "not JSON")
