@@ -51,6 +51,7 @@ HARD = [
     "trail  ",
     "\n\n",
     "<extra_id_0> and <extra_id_99>",
+    "a<extra_id_0>b",
     "</s> inside",
     "日本語",
     "{brace}",
@@ -183,7 +184,7 @@ def write_task(folder, name="task1_a", **changes):
             {
                 "id": f"{name}-{n}",
                 "input": f" in {n} the cat sat on the mat and the dog ",
-                "output": [f"out {n}", "other"],
+                "output": [f" out {n} ", "other"],
             }
             for n in range(5)
         ],
@@ -510,7 +511,7 @@ def test_neither_test_set_overlaps_with_training(seed):
 def test_what_is_held_out_is_an_order_and_not_a_pair(world):
     """ "The plural, then twice" may be new where "twice, then the plural" is not: an order must be composed, not recalled."""
     trained, unseen = (set(slots_of(world, tasks)[1]) for tasks in (world.train, world.unseen_compositions))
-    assert any(slots[::-1] in trained for slots in unseen)
+    assert all(slots[::-1] in trained for slots in unseen)
 
 
 def test_a_fallback_is_needed_half_of_the_time(world):

@@ -549,6 +549,13 @@ def test_what_is_written_is_aligned_and_says_what_it_is(tmp_path):
     assert t5.read_metadata(tmp_path / "model.safetensors") == {"format": "pt"}
 
 
+def test_both_files_of_a_folder_are_replaced_whole(tmp_path, monkeypatch):
+    real, seen = t5.replacing, []
+    monkeypatch.setattr(t5, "replacing", lambda path: (seen.append(path.name), real(path))[1])
+    saved(tmp_path)
+    assert seen == ["model.safetensors", "config.json"]
+
+
 def test_a_file_that_is_being_replaced_keeps_its_content_until_the_new_one_is_whole(tmp_path):
     (tmp_path / "file").write_text("old")
     with pytest.raises(OSError), t5.replacing(tmp_path / "file") as file:

@@ -218,19 +218,22 @@ def test_a_resumed_pretraining_goes_on_in_the_text(tmp_path, start, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_a_checkpoint_that_could_not_be_finished_leaves_the_last_one_whole(tmp_path, sni, start, monkeypatch):
-    """The disk is full when the weights of step 4 are written: their training state must not have replaced step 2's."""
+@pytest.mark.parametrize("lost", ["weights", "training state"])
+def test_a_checkpoint_that_could_not_be_finished_leaves_the_last_one_whole(tmp_path, sni, start, monkeypatch, lost):
+    """The disk is full when one of the two parts of step 4's checkpoint is written: step 2's must still be whole."""
     options = ("--steps", 6, "--save-every", 2)
     finetune(sni, start, tmp_path / "whole", *options)
-    real = HINT.save_pretrained
+    owner, name = (HINT, "save_pretrained") if lost == "weights" else (torch, "save")
+    real, calls = getattr(owner, name), []
 
-    def full(model, folder, notes=None, metadata=None):
-        if metadata["step"] == "4":
-            raise OSError(28, "No space left on device", "model.safetensors")
-        real(model, folder, notes, metadata)
+    def full(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", "a file")
+        return real(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(HINT, "save_pretrained", full)
+        patch.setattr(owner, name, full)
         with pytest.raises(SystemExit, match="No space left"):
             finetune(sni, start, tmp_path / "halves", *options)
     finetune(sni, start, tmp_path / "halves", *options, "--resume")
@@ -330,6 +333,14 @@ def test_options_of_answering_act(tmp_path, sni, start, spiece, capsys):
     asked.append(answerer.prompts.examples)
     answerer = train.answerer_of(parsed(*evaluate, "--out", "x"))
     assert asked + [answerer.prompts.examples] == [1, 0]
+
+
+def test_a_tokenizer_that_is_named_is_used_in_place_of_the_model_s(tmp_path, sni, start):
+    elsewhere = tmp_path / "elsewhere.model"
+    (start / "spiece.model").rename(elsewhere)
+    finetune(sni, start, tmp_path / "run", "--steps", 1, "--tokenizer", elsewhere)
+    with pytest.raises(SystemExit, match="no tokenizer.json and no spiece.model"):
+        finetune(sni, start, tmp_path / "other", "--steps", 1)
 
 
 def test_a_public_t5_answers_as_tk_instruct_unless_told_otherwise(start):
