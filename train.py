@@ -520,6 +520,7 @@ def show_answers(tasks: Sequence[Task], rows: Sequence[dict], each: int = 3) -> 
     for title, exact in (("right", 100), ("wrong", 0)):
         chosen = [row for row in rows if scores([row])["exact_match"] == exact]
         print(f"\n{title}: {len(chosen)} of {len(rows)}")
+        chosen = list({row["task"]: row for row in chosen}.values())  # one of a task
         for row in chosen[:: max(1, len(chosen) // each)][:each]:
             wanted = "" if exact else f"   (wanted: {row['references'][0]})"
             print(f"  {said[row['task']]}\n      {inputs[row['id']]}  ->  {row['prediction']}{wanted}")
