@@ -145,7 +145,7 @@ class HINT(nn.Module):
         memory = torch.cat([task.states.expand(batch, -1, -1), states], dim=1)
         return memory, torch.cat([task.attention_mask.expand(batch, -1), attention_mask], dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self, task: EncodedTask, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128
     ) -> Tensor:

@@ -425,13 +425,13 @@ class T5(nn.Module):
         mask = padding_mask(input_ids) if attention_mask is None else attention_mask
         return self.decode(decoder_input_ids, self.encode(input_ids, mask), mask)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128) -> Tensor:
         """Greedy answers [B, <= max_new_tokens] without the start token; `</s>`, then padding at the end."""
         mask = padding_mask(input_ids) if attention_mask is None else attention_mask
         return self.decode_greedily(self.encode(input_ids, mask), mask, None, max_new_tokens)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_greedily(
         self, memory: Tensor, memory_mask: Tensor, modules: Modules | None, max_new_tokens: int
     ) -> Tensor:

@@ -64,6 +64,14 @@ def test_generation_says_what_the_training_pass_would_say_next():
     assert torch.equal(model.t5.decode(t5.shift_right(answers), memory, mask, task.modules).argmax(-1), answers)
 
 
+def test_answers_are_ordinary_tensors():
+    """They may be trained on, or changed in place."""
+    model = tiny_hint()
+    answers = model.generate(model.encode_instruction(random_ids(2, 7)), random_ids(2, 9), max_new_tokens=5)
+    answers[:, -1] = 1
+    model(random_ids(2, 7), answers, answers).loss.backward()
+
+
 def test_each_distinct_instruction_of_a_batch_is_encoded_once_with_the_same_gradient():
     model = tiny_hint()
     instructions, inputs, labels = random_ids(2, 7).repeat_interleave(3, 0), random_ids(6, 9), random_ids(6, 6)
