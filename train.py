@@ -115,7 +115,7 @@ class Recipe:
         }
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.type in ("int", "float") and not value >= least.get(item.name, 1):
+            if item.type in ("int", "float") and not (type(value) in (int, float) and value >= least.get(item.name, 1)):
                 raise RunError(f"{flag(item)} {value}: must be at least {least.get(item.name, 1)}")
         if self.dropout >= 1 or self.final_rate > 1:
             raise RunError(f"--dropout {self.dropout} must be below 1 and --final-rate {self.final_rate} at most 1")
@@ -641,17 +641,24 @@ def model_and_tokenizer(
     return model, tokenizer
 
 
+def notes_of_run(found: dict) -> dict:
+    """The settings of a run out of the `config.json` that it wrote; of a public model, none."""
+    notes = found.get("run", {})
+    if not isinstance(notes, dict):
+        raise CheckpointError("run is not an object")
+    return notes
+
+
 def answerer_of(arguments: argparse.Namespace) -> Answerer:
     """A saved model with the prompt format that it was trained on, where its `config.json` tells that."""
     model = load_model(arguments.model)
-    notes = read_config(arguments.model, lambda found: found.get("run", {}))
+    notes = read_config(arguments.model, notes_of_run)
     recipe = Recipe(**{item.name: notes[item.name] for item in fields(Recipe) if item.name in notes})
     system = "hint" if isinstance(model, HINT) else arguments.system or notes.get("system", "tk-instruct")
     examples = notes.get("examples", 0) if arguments.examples is None else arguments.examples
+    precision = arguments.precision or recipe.precision
     prompts = prompt_format(system, load_tokenizer(arguments.tokenizer or arguments.model), examples, recipe)
-    return Answerer(
-        model, prompts, arguments.max_new_tokens or recipe.max_target, arguments.batch_size, arguments.precision
-    )
+    return Answerer(model, prompts, arguments.max_new_tokens or recipe.max_target, arguments.batch_size, precision)
 
 
 class Parser(argparse.ArgumentParser):
@@ -749,7 +756,7 @@ def add_answering_options(command: Parser) -> None:
     )
     command.add_argument("--max-new-tokens", type=at_least(1), help="longest answer; as in training without it")
     command.add_argument("--batch-size", type=at_least(1), default=32, help="inputs answered at once")
-    command.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    command.add_argument("--precision", help="auto, fp32 or bf16; as in training without it")
 
 
 def flag(item) -> str:

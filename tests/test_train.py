@@ -335,6 +335,14 @@ def test_options_of_answering_act(tmp_path, sni, start, spiece, capsys):
     assert asked + [answerer.prompts.examples] == [1, 0]
 
 
+def test_a_model_answers_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "run", "--steps", 1, "--precision", "bf16")
+    ask = ("predict", "--model", tmp_path / "run", "--instruction", "x")
+    for more, kind in (((), torch.bfloat16), (("--precision", "fp32"), torch.float32)):
+        with train.answerer_of(parsed(*ask, *more)).context():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
+
+
 def test_a_tokenizer_that_is_named_is_used_in_place_of_the_model_s(tmp_path, sni, start):
     elsewhere = tmp_path / "elsewhere.model"
     (start / "spiece.model").rename(elsewhere)
@@ -569,7 +577,15 @@ def test_other_commands_refuse_in_the_same_way(tmp_path, sni, start):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(dropout=1.0), dict(final_rate=1.5), dict(steps=0), dict(learning_rate=-1.0), dict(max_input=3)]
+    "wrong",
+    [
+        dict(dropout=1.0),
+        dict(final_rate=1.5),
+        dict(steps=0),
+        dict(learning_rate=-1.0),
+        dict(max_input=3),
+        dict(steps="many"),
+    ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(train.RunError, match="--" + next(iter(wrong)).replace("_", "-")):
