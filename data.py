@@ -16,10 +16,11 @@ import random
 import re
 import string
 import struct
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -32,6 +33,7 @@ from torch import Tensor
 PAD, EOS, UNKNOWN = 0, 1, 2
 NO_LABEL = -100
 NOTHING = [EOS]  # an instruction that says nothing
+EXTRA_IDS = 100  # of T5, behind the pieces of its SentencePiece model
 
 
 class DataError(ValueError):
@@ -79,7 +81,7 @@ def _read_tokenizer_json(path: Path) -> Tokenizer:
         raise DataError(f"{path}: is not a tokenizer ({error!s:.120})") from None
 
 
-def _read_spiece(path: Path, extra_ids: int = 100) -> Tokenizer:
+def _read_spiece(path: Path) -> Tokenizer:
     """A SentencePiece model, the only tokenizer that T5 v1.1 and T0 ship, as a `tokenizers.Tokenizer`.
 
     T5 puts its extra ids behind the pieces in falling order: the last id of all is <extra_id_0>.
@@ -96,7 +98,7 @@ def _read_spiece(path: Path, extra_ids: int = 100) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
     tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    names = ["<pad>", "</s>", "<unk>"] + [f"<extra_id_{number}>" for number in reversed(range(extra_ids))]
+    names = ["<pad>", "</s>", "<unk>"] + [f"<extra_id_{number}>" for number in reversed(range(EXTRA_IDS))]
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
     return tokenizer
 
@@ -215,7 +217,7 @@ def _load_task(path: Path, max_instances: int) -> Task:
         raise DataError(f"{path}: Positive Examples is not a list")
     return Task(
         name=path.stem,
-        definition=definition.strip(),
+        definition=valid(definition),
         examples=tuple(Example(_text(path, e, "input"), _text(path, e, "output")) for e in examples),
         instances=tuple(_instance(path, number, i) for number, i in enumerate(instances[:max_instances])),
     )
@@ -227,13 +229,18 @@ def _instance(path: Path, number: int, found: object) -> Instance:
     references = [references] if isinstance(references, str) else references
     if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
         raise DataError(f"{path}: instance {number} has no output, a list of texts")
-    return Instance(str(found.get("id", f"{path.stem}-{number}")), text, tuple(r.strip() for r in references))
+    return Instance(str(found.get("id", f"{path.stem}-{number}")), text, tuple(map(valid, references)))
 
 
 def _text(path: Path, entry: object, key: str) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
         raise DataError(f"{path}: an example or instance has no text as {key!r}")
-    return entry[key].strip()
+    return valid(entry[key])
+
+
+def valid(text: str) -> str:
+    """A text as tokenizers and files take it: stripped, and with `?` for halves of characters, which JSON allows."""
+    return text.encode("utf-8", "replace").decode("utf-8").strip()
 
 
 def _read_json(path: Path) -> dict:
@@ -388,10 +395,8 @@ class Shuffled:
     def _next(self) -> Ids:
         epoch, turn = divmod(self.position, len(self.examples))
         if epoch != self._epoch:
-            groups = [
-                range(len(self.examples))[start : start + self.group]
-                for start in range(0, len(self.examples), self.group)
-            ]
+            size = len(self.examples)
+            groups = [range(start, min(start + self.group, size)) for start in range(0, size, self.group)]
             random.Random(f"{self.seed}/{epoch}").shuffle(groups)
             self._epoch, self._order = epoch, [place for group in groups for place in group]
         self.position += 1
@@ -422,7 +427,8 @@ class PretrainingChunks:
             if not path.is_file():
                 raise DataError(f"{path}: no such file")
         self.position = tuple(position)  # (groups of documents used up, segments handed out of the next group)
-        self._stream = self._examples(*self.position)
+        stream = self._examples(*self.position)
+        self._stream = chain([next(stream)], stream)  # a corpus that cannot be read is found before a run begins
 
     def take(self, count: int) -> list[Ids]:
         """The next `count` examples; after the last shard the first one follows again."""
@@ -477,8 +483,8 @@ def read_shard(path: Path) -> Iterator[str]:
                 text = json.loads(line)["text"]
                 if not isinstance(text, str):
                     raise TypeError("its text is no text")
-                yield text
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError) as error:
+                yield valid(text)
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: line {number or 1} cannot be read as C4 text ({error!s:.80})") from None
 
 
@@ -657,16 +663,15 @@ class _HeldOut:
         return Rule(slots, frame, "" if frame == "none" else self.draw.choice(self.arguments))
 
 
-def _task(name: str, rule: Rule, draw: random.Random, kinds: list[str], instances: int, examples: int = 2) -> Task:
-    texts: dict[str, str] = {}  # in the order drawn, each input once
-    while len(texts) < examples + instances:
+def _task(name: str, rule: Rule, draw: random.Random, kinds: list[str], instances: int) -> Task:
+    """A task with two positive examples and so many instances, no input twice."""
+    texts: dict[str, str] = {}  # in the order drawn
+    while len(texts) < 2 + instances:
         words = rule.draw_input(draw, kinds)
         texts[" ".join(words)] = rule.answer(words)
     pairs = list(texts.items())
-    shown = tuple(Example(*pair) for pair in pairs[:examples])
-    asked = tuple(
-        Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[examples:])
-    )
+    shown = tuple(Example(*pair) for pair in pairs[:2])
+    asked = tuple(Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[2:]))
     return Task(name, rule.definition(draw), shown, asked)
 
 
@@ -745,7 +750,7 @@ def _longest_common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     full = row = (1 << len(a)) - 1
     for word in b:
         matched = row & places.get(word, 0)
-        row = (row + matched | row - matched) & full
+        row = ((row + matched) | (row - matched)) & full
     return len(a) - row.bit_count()
 
 
@@ -794,14 +799,14 @@ def _ends_short(stem: str) -> bool:
 def _stem(word: str) -> str:
     if word in _IRREGULAR:
         return _IRREGULAR[word]
-    word = _without_plural(word)
-    word = _without_ed_and_ing(word)
-    if word.endswith("y") and len(word) > 2 and _shape(word[:-1]).endswith("c"):
+    word = _without_plural(word)  # step 1a
+    word = _without_ed_and_ing(word)  # step 1b
+    if word.endswith("y") and len(word) > 2 and _shape(word[:-1]).endswith("c"):  # step 1c
         word = word[:-1] + "i"
     word = _step_2(word)
     word = _replace(word, _STEP_3)
     word = _step_4(word)
-    if word.endswith("e"):
+    if word.endswith("e"):  # step 5a
         stem = word[:-1]
         if _measure(stem) > 1 or _measure(stem) == 1 and not _ends_short(stem):
             word = stem

@@ -28,6 +28,7 @@ from t5 import (
     Modules,
     T5Config,
     fill,
+    first_line,
     padding_mask,
     read_config,
     read_weights,
@@ -71,6 +72,10 @@ class EncodedTask(NamedTuple):
         """The tasks at `index` [B], where one task may stand several times."""
         return _map(lambda tensor: tensor.index_select(0, index), self)
 
+    def to(self, device: torch.device | str) -> EncodedTask:
+        """The task on a device."""
+        return _map(lambda tensor: tensor.to(device), self)
+
     def save(self, path: str | os.PathLike) -> None:
         """Keep the task; with the model that encoded it, its instruction is never needed again."""
         with replacing(Path(path)) as file:
@@ -78,14 +83,12 @@ class EncodedTask(NamedTuple):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EncodedTask:
-        """Read a kept task. Nothing in the file is executed. Raises CheckpointError."""
+        """Read a kept task, to the CPU. Nothing in the file is executed. Raises CheckpointError."""
         try:
             with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, Adapter, KeyValue]):
                 task = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(
-                f"{path}: is not an encoded task ({str(error).strip().partition(chr(10))[0]:.120})"
-            ) from None
+            raise CheckpointError(f"{path}: is not an encoded task ({first_line(error)})") from None
         if not isinstance(task, EncodedTask):
             raise CheckpointError(f"{path}: is not an encoded task")
         return task
@@ -126,8 +129,8 @@ class HINT(nn.Module):
     def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
         """Instructions [B, Li], inputs [B, S] and labels [B, T] of a mixed-task batch -> its loss (section 3.3).
 
-        Each distinct instruction is encoded once and its modules serve all examples that have it: the gradient
-        is that of encoding it for each of them, the work is less.
+        Each distinct instruction is encoded once and its modules serve all examples that have it. Without dropout the
+        gradient is that of encoding it for each of them; with dropout they share one draw. The work is less.
         """
         distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)  # [U, Li], [B]
         task = self.encode_instruction(distinct).rows(example_of)
@@ -224,5 +227,12 @@ class PlainT5(nn.Module):
 
 def load_model(name_or_dir: str | os.PathLike) -> HINT | PlainT5:
     """A saved HINT, or any T5, by what its `config.json` says it is. Raises CheckpointError."""
-    kind = read_config(name_or_dir, lambda found: found.get("model_type"))
+    kind = read_config(name_or_dir, _kind_of_model)
     return HINT.from_pretrained(name_or_dir) if kind == "hint" else PlainT5.from_pretrained(name_or_dir)
+
+
+def _kind_of_model(found: dict) -> object:
+    """The `model_type` of a `config.json`, which a run has as soon as it has saved a model."""
+    if "run" in found and "model_type" not in found:
+        raise CheckpointError("is of an evaluation, or of a run that has saved no model yet")
+    return found.get("model_type")

@@ -21,10 +21,6 @@ class Kind(NamedTuple):
     columns: int
     width: int
 
-    def parameters(self, d_model: int) -> int:
-        """Embeddings and generating network of this kind."""
-        return self.slots * self.columns * d_model + d_model * (d_model + self.width)
-
 
 def generated_kinds(config: T5Config, bottleneck: int, prefix_length: int) -> dict[str, Kind]:
     """What is generated for one instruction: an adapter a layer, a prefix an attention, and nothing that nobody reads.
@@ -55,10 +51,11 @@ class ColumnGenerator(nn.Module):
     So a matrix of d x r costs r embeddings and a share of one d x d network; one embedding that wrote the whole
     matrix would need a network of d x (d*r) ("Scaling Down Parameters").
 
-    Where the paper is silent this follows the authors' code: two networks for the matrices, two for the biases
-    and one each for prefix keys and values; no norm, residual or position in the attention; every value divided by
-    sqrt(d). Unlike that code, `W_down[:, j]` is what embedding j wrote (there a reshape spreads it over rows), and
-    the padding of the instruction is masked.
+    In what the paper leaves open this follows the authors' code: no norm, residual or position in the attention, and
+    every value divided by sqrt(d). So it does in the number of networks, six (two for the matrices, two for the
+    biases, one each for prefix keys and values), where the paper has one for adapters and one for prefixes. Unlike
+    that code, `W_down[:, j]` is what embedding j wrote (there a reshape spreads it over rows), and the padding of the
+    instruction is masked.
     """
 
     def __init__(

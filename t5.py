@@ -211,7 +211,10 @@ class RelativeBias(nn.Module):
         self.max_distance = config.relative_attention_max_distance
 
     def forward(self, queries: int, keys: int, first_query: int = 0) -> Tensor:
-        """[1, h, queries, keys], where query i stands at position first_query + i."""
+        """[1, h, queries, keys], where query i stands at position first_query + i.
+
+        Each distance is looked up once, and then spread along its diagonal.
+        """
         # The logarithm is taken on the CPU: where it meets a whole number, another device may round it down.
         lowest = 1 - first_query - queries
         relative = torch.arange(lowest, keys - first_query, device="cpu")  # every key position - query position
@@ -316,7 +319,7 @@ class Block(nn.Module):
         self, x: Tensor, bias: Tensor, modules: LayerModules,
         memory: Tensor | None = None, memory_bias: Tensor | None = None, cache: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [B, S, d] -> [B, S, d]. A decoder layer also reads `memory` [B, S, d], or the cache that was made of it."""
+        """x [B, T, d] -> [B, T, d]. A decoder layer also reads `memory` [B, S, d], or the cache that was made of it."""
         u = self.self_attention_norm(x)
         own = self.self_attention.project(u)
         own = cache.extend(own) if cache else own.after(modules.prefix)
@@ -371,7 +374,7 @@ class T5(nn.Module):
     """The encoder-decoder. Ids are padded with 0; where no `attention_mask` is given, id 0 is padding."""
 
     def __init__(self, config: T5Config) -> None:
-        """Fresh weights, drawn as T5's were; `from_pretrained` loads published ones."""
+        """Fresh weights, drawn as T5's were but for the relative bias; `from_pretrained` loads published ones."""
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
@@ -472,7 +475,8 @@ class T5(nn.Module):
         """A T5 of the hub, by its public name or from a folder, in fp32 and eval mode.
 
         Reads T5 v1.0, v1.1, LM-adapt, Flan-T5, T0 and Tk-Instruct as transformers 4 or 5 wrote them. Every
-        tensor of the checkpoint is used exactly once, or CheckpointError names it.
+        tensor of the checkpoint is used exactly once, or CheckpointError names it; but for copies of the embedding,
+        and for one table that old files hold and no T5 reads.
         """
         config = read_config(name_or_dir, T5Config.from_json)
         tensors = _without_aliases(read_weights(name_or_dir), config.tie_word_embeddings)
@@ -587,6 +591,11 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def first_line(error: Exception) -> str:
+    """As much of a library's message as fits into a sentence."""
+    return str(error).strip().partition("\n")[0][:160]
+
+
 def fetch(name_or_dir: str | os.PathLike, filename: str) -> Path | None:
     """A file of a folder, or of a repository of the hub (downloaded alone, and kept); None where there is none."""
     if os.path.isdir(name_or_dir):
@@ -597,8 +606,9 @@ def fetch(name_or_dir: str | os.PathLike, filename: str) -> Path | None:
     except EntryNotFoundError:
         return None
     except (OSError, ValueError) as error:  # no such repository, no access, no network, not a name
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{name_or_dir}: neither a folder nor a repository that can be read ({reason})") from None
+        raise CheckpointError(
+            f"{name_or_dir}: neither a folder nor a repository that can be read ({first_line(error)})"
+        ) from None
 
 
 def read_json(path: Path) -> dict:
@@ -636,7 +646,7 @@ def read_weights(name_or_dir: str | os.PathLike) -> dict[str, Tensor]:
             return read(path)
         if index := fetch(name_or_dir, f"{name}.index.json"):
             return _read_shards(name_or_dir, index, read)
-    raise CheckpointError(f"{name_or_dir}: no model.safetensors and no pytorch_model.bin there")
+    raise CheckpointError(f"{name_or_dir}: no model.safetensors and no pytorch_model.bin there, or in reach")
 
 
 def _read_shards(
@@ -765,9 +775,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_folder(folder: str | os.PathLike, config: dict, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """`config.json` and `model.safetensors`, the form of every model that this project writes."""
+    """`config.json` and `model.safetensors`, the form of every model that this project writes.
+
+    The config comes first: weights without one could not be read.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", tensors, metadata)
     with replacing(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
+    write_safetensors(folder / "model.safetensors", tensors, metadata)

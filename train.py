@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
 import sys
 import time
@@ -52,9 +53,21 @@ from data import (
     score,
     toy_tokenizer,
     toy_world,
+    valid,
 )  # fmt: skip
 from hint import HINT, HINTConfig, PlainT5, load_model
-from t5 import SIZES, T5, Z_LOSS, CheckpointError, T5Config, read_config, read_json, read_metadata, replacing
+from t5 import (
+    SIZES,
+    T5,
+    Z_LOSS,
+    CheckpointError,
+    T5Config,
+    first_line,
+    read_config,
+    read_json,
+    read_metadata,
+    replacing,
+)
 
 
 class RunError(ValueError):
@@ -79,7 +92,7 @@ class Recipe:
         1, "neighbours in the data (examples of a task) that stay together: fewer instructions to encode a step"
     )
     microbatch: int = option(
-        16, "examples at once on the device; any number gives the same gradient, a smaller one takes less memory"
+        16, "examples at once on the device: fewer take less memory, and the gradient is the same but for dropout"
     )
     learning_rate: float = option(
         1e-3, "of Adafactor, relative to the size of each parameter, and at most 1/sqrt(step)"
@@ -90,9 +103,9 @@ class Recipe:
     )
     dropout: float = option(0.1, "of T5 and the generator's attention; the paper has 0 in pretraining, 0.1 after it")
     max_instruction: int = option(1024, "longest instruction in tokens; it is cut or loses examples, never its </s>")
-    max_input: int = option(1024, "longest input in tokens")
+    max_input: int = option(1024, "longest input in tokens; in pretraining the length of a whole segment")
     max_target: int = option(256, "longest answer in tokens, in training and in evaluation")
-    seed: int = option(0, "of the new weights, the order of the data, dropout and the choice among references")
+    seed: int = option(0, "of new weights, the order of the data, dropout and every other draw")
     precision: str = option(
         "auto", "fp32 or bf16 (over fp32 weights); auto: bf16 on a GPU that has it; fp16 overflows in T5"
     )
@@ -113,10 +126,13 @@ class Recipe:
             "dropout": 0,
             "max_input": 8,
         }
+        kinds = {"int": (int,), "float": (int, float)}
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type in ("int", "float") and not (type(value) in (int, float) and value >= least.get(item.name, 1)):
-                raise RunError(f"{flag(item)} {value}: must be at least {least.get(item.name, 1)}")
+            value, minimum = getattr(self, item.name), least.get(item.name, 1)
+            if item.type in kinds and not (type(value) in kinds[item.type] and value >= minimum):
+                raise RunError(f"{flag(item)} {value}: must be a number of at least {minimum}")
+        if self.seed >= 2**63:
+            raise RunError(f"--seed {self.seed}: must be below 2^63")
         if self.dropout >= 1 or self.final_rate > 1:
             raise RunError(f"--dropout {self.dropout} must be below 1 and --final-rate {self.final_rate} at most 1")
 
@@ -144,6 +160,11 @@ SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": N
 # --------------------------------------------------------------------------------------------- a run and its folder
 
 
+MAY_CHANGE = (  # when a run goes on: its length, and what has no part in the gradient
+    "steps", "microbatch", "gradient_checkpointing", "log_every", "save_every", "eval_every", "eval_batch_size",
+)  # fmt: skip
+
+
 class Run:
     """The folder of a run: settings, log, checkpoints. Weights and training state of one step belong together."""
 
@@ -154,7 +175,8 @@ class Run:
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise RunError(f"{out}: holds something already; name another --out, or go on with that run by --resume")
         weights = self.out / "model.safetensors"
-        self.step = int(read_metadata(weights).get("step", 0)) if weights.is_file() else 0  # of the last checkpoint
+        step = str(read_metadata(weights).get("step", 0)) if weights.is_file() else "0"
+        self.step = int(step) if step.isdecimal() else 0  # of the last checkpoint
 
     def begin(self) -> None:
         """Make the folder, now that all that the run needs has been read."""
@@ -164,7 +186,7 @@ class Run:
             write(self.out / "config.json", json.dumps({"run": self.settings}, indent=2) + "\n")
 
     def _check_same_settings(self) -> None:
-        """Only a run can be gone on with, and only with the options that it had; it may be made longer."""
+        """Only a run can be gone on with, and only with the options that it had, but for MAY_CHANGE."""
         path = self.out / "config.json"
         if not self.out.exists() or not any(self.out.iterdir()):
             return
@@ -172,7 +194,7 @@ class Run:
         if not isinstance(before, dict):
             raise RunError(f"{self.out}: is not the folder of a run, which --resume could go on with")
         for name, value in self.settings.items():
-            if name != "steps" and name in before and before[name] != value:
+            if name not in MAY_CHANGE and name in before and before[name] != value:
                 raise RunError(
                     f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options"
                 )
@@ -182,7 +204,11 @@ class Run:
         if path.is_file():
             write(
                 path,
-                "".join(line for line in path.read_text("utf-8").splitlines(keepends=True) if _step_of(line) <= step),
+                "".join(
+                    line
+                    for line in path.read_text("utf-8", "replace").splitlines(keepends=True)
+                    if _step_of(line) <= step
+                ),
             )
 
     def log(self, **entry) -> None:
@@ -216,16 +242,21 @@ class Run:
             return {"position": None}
         path = self.out / f"training-{self.step}.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise RunError(f"{path}: cannot be read ({str(error).partition(chr(10))[0]:.80})") from None
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            raise RunError(f"{path}: cannot be read ({first_line(error)})") from None
+        if not isinstance(state, dict) or not {"optimizer", "position", "losses", "random", "random_cuda"} <= set(
+            state
+        ):
+            raise RunError(f"{path}: is not the training state of a run")
+        return state
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of `log.jsonl`; infinite where a run was killed while it wrote the line."""
+    """The step of a line of `log.jsonl`; infinite where the line is no entry, or only half of one."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
         return math.inf
 
 
@@ -368,11 +399,10 @@ def to(device: torch.device, batch: Batch) -> Batch:
 
 
 def set_dropout(model: nn.Module, rate: float) -> None:
-    """The rate of a recipe, in T5 and in the generator's attention; its networks keep their own."""
-    parts = [model.t5, *([model.hypernetwork.attention] if isinstance(model, HINT) else [])]
-    for module in (module for part in parts for module in part.modules()):
+    """The rate of a recipe, in T5 and in the generator's attention; its networks have their own, of the HINTConfig."""
+    for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
-            module.p = rate
+            module.p = model.config.generator_dropout if name.startswith("hypernetwork.networks") else rate
 
 
 # --------------------------------------------------------------------------------------------- answering
@@ -513,7 +543,7 @@ def show(tasks: Iterable[Task]) -> None:
         print(f"  {task.definition}\n      {task.instances[0].input}  ->  {task.instances[0].references[0]}")
 
 
-def show_answers(tasks: Sequence[Task], rows: Sequence[dict], each: int = 3) -> None:
+def show_answers(tasks: Sequence[Task], rows: Sequence[dict]) -> None:
     """A few right and a few wrong answers, with the instruction and input of each."""
     said = {task.name: task.definition for task in tasks}
     inputs = {instance.id: instance.input for task in tasks for instance in task.instances}
@@ -521,7 +551,7 @@ def show_answers(tasks: Sequence[Task], rows: Sequence[dict], each: int = 3) -> 
         chosen = [row for row in rows if scores([row])["exact_match"] == exact]
         print(f"\n{title}: {len(chosen)} of {len(rows)}")
         chosen = list({row["task"]: row for row in chosen}.values())  # one of a task
-        for row in chosen[:: max(1, len(chosen) // each)][:each]:
+        for row in chosen[:: max(1, len(chosen) // 3)][:3]:
             wanted = "" if exact else f"   (wanted: {row['references'][0]})"
             print(f"  {said[row['task']]}\n      {inputs[row['id']]}  ->  {row['prediction']}{wanted}")
 
@@ -568,19 +598,20 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """Score a model on a split: a folder of this project, or a public T5 such as Tk-Instruct."""
     run = Run(arguments.out, settings_of(arguments))
     tasks = load_tasks(arguments.data, arguments.split, arguments.max_instances)
-    rows = answerer_of(arguments).predictions(tasks)
+    answerer = answerer_of(arguments)
+    run.settings |= {"system": system_of(answerer.prompts), "examples": answerer.prompts.examples}
     run.begin()
-    report(by_task(rows), run.out)
+    report(by_task(answerer.predictions(tasks)), run.out)
 
 
 def predict(arguments: argparse.Namespace) -> None:
     """Print an answer a line to inputs given as arguments, in a file or on standard input, an input a line."""
     file = arguments.file or (None if arguments.inputs else "-")
     inputs = arguments.inputs + (read_lines(file) if file else [])
-    instances = tuple(Instance(str(number), text, ()) for number, text in enumerate(inputs))
+    instances = tuple(Instance(str(number), valid(text), ()) for number, text in enumerate(inputs))
     answerer = answerer_of(arguments)
     if instances:
-        print("\n".join(answerer.answers(Task("predict", arguments.instruction.strip(), (), instances))))
+        print("\n".join(answerer.answers(Task("predict", valid(arguments.instruction), (), instances))))
 
 
 def read_lines(file: str) -> list[str]:
@@ -607,6 +638,11 @@ def settings_of(arguments: argparse.Namespace, recipe: Recipe | None = None) -> 
     return {**given, **(asdict(recipe) if recipe else {})}
 
 
+def system_of(prompts: PromptFormat) -> str:
+    """The name of a prompt format."""
+    return next(name for name, kind in SYSTEMS.items() if type(prompts) is kind)
+
+
 def prompt_format(system: str, tokenizer: Tokenizer, examples: int, recipe: Recipe) -> PromptFormat:
     return SYSTEMS[system](tokenizer, examples, recipe.max_instruction, recipe.max_input)
 
@@ -621,44 +657,63 @@ def model_and_tokenizer(
         raise RunError("--size starts from fresh weights and has no tokenizer of its own; name one with --tokenizer")
     tokenizer = load_tokenizer(arguments.tokenizer or start)
     model = load_model(start) if start else PlainT5(T5(SIZES[arguments.size]))
-    sizes = {
-        item.name: getattr(arguments, item.name)
-        for item in fields(HINTConfig)
-        if getattr(arguments, item.name) is not None
-    }
-    if isinstance(model, HINT):
-        if system != "hint":
+    given = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if system != "hint":
+        if isinstance(model, HINT):
             raise RunError(f"{start}: is a HINT model, which cannot become --system {system}")
-        if sizes and replace(model.config, **sizes) != model.config:
-            raise RunError(f"{start}: has a hypernetwork already ({model.config}); its sizes cannot be changed")
-    elif system == "hint":
-        model = HINT(model.t5, HINTConfig(**sizes))
-    if tokenizer.get_vocab_size() > model.t5.config.vocab_size:
-        raise RunError(
-            f"the tokenizer has {tokenizer.get_vocab_size():,} tokens, the model only {model.t5.config.vocab_size:,}"
-        )
+    elif isinstance(model, HINT):
+        kept = {name: getattr(model.config, name) for name in given if name != "generator_dropout"}
+        if changed := [name for name, value in kept.items() if given[name] != value]:
+            raise RunError(
+                f"{start}: has a hypernetwork already, whose {changed[0]} of {kept[changed[0]]} cannot be changed"
+            )
+        model.config = replace(model.config, **given)
+    else:
+        model = HINT(model.t5, HINTConfig(**given))
+    check_vocabulary(tokenizer, model)
     set_dropout(model, recipe.dropout)
     return model, tokenizer
 
 
-def notes_of_run(found: dict) -> dict:
-    """The settings of a run out of the `config.json` that it wrote; of a public model, none."""
+def check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
+    """A model must have an embedding for every token."""
+    tokens, rows = tokenizer.get_vocab_size(), model.t5.config.vocab_size
+    if tokens > rows:
+        raise RunError(f"the tokenizer has {tokens:,} tokens, the model only {rows:,}")
+
+
+def notes_of_run(found: dict) -> tuple[str | None, int, Recipe]:
+    """System, examples and recipe of a run out of the `config.json` that it wrote; of a public model, the defaults."""
     notes = found.get("run", {})
     if not isinstance(notes, dict):
-        raise CheckpointError("run is not an object")
-    return notes
+        raise CheckpointError("its run is not an object")
+    system, examples = notes.get("system"), notes.get("examples", 0)
+    if system not in (None, *SYSTEMS) or type(examples) is not int or examples < 0:
+        raise CheckpointError(
+            f"its run has a system {system!r:.40} and {examples!r:.40} examples, which makes no sense"
+        )
+    try:
+        recipe = Recipe(**{item.name: notes[item.name] for item in fields(Recipe) if item.name in notes})
+    except RunError as error:
+        raise CheckpointError(f"its run makes no sense ({error})") from None
+    return system, examples, recipe
 
 
 def answerer_of(arguments: argparse.Namespace) -> Answerer:
     """A saved model with the prompt format that it was trained on, where its `config.json` tells that."""
     model = load_model(arguments.model)
-    notes = read_config(arguments.model, notes_of_run)
-    recipe = Recipe(**{item.name: notes[item.name] for item in fields(Recipe) if item.name in notes})
-    system = "hint" if isinstance(model, HINT) else arguments.system or notes.get("system", "tk-instruct")
-    examples = notes.get("examples", 0) if arguments.examples is None else arguments.examples
-    precision = arguments.precision or recipe.precision
-    prompts = prompt_format(system, load_tokenizer(arguments.tokenizer or arguments.model), examples, recipe)
-    return Answerer(model, prompts, arguments.max_new_tokens or recipe.max_target, arguments.batch_size, precision)
+    trained_as, examples, recipe = read_config(arguments.model, notes_of_run)
+    system = "hint" if isinstance(model, HINT) else arguments.system or trained_as or "tk-instruct"
+    if (system == "hint") != isinstance(model, HINT) or arguments.system not in (None, system):
+        raise RunError(
+            f"--system {arguments.system}: {arguments.model} is {'' if isinstance(model, HINT) else 'not '}a HINT model"
+        )
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+    check_vocabulary(tokenizer, model)
+    prompts = prompt_format(system, tokenizer, examples if arguments.examples is None else arguments.examples, recipe)
+    longest, precision = arguments.max_new_tokens or recipe.max_target, arguments.precision or recipe.precision
+    return Answerer(model, prompts, longest, arguments.eval_batch_size, precision)
 
 
 class Parser(argparse.ArgumentParser):
@@ -755,7 +810,7 @@ def add_answering_options(command: Parser) -> None:
         "--examples", type=at_least(0), help="positive examples in the instruction; as in training without it"
     )
     command.add_argument("--max-new-tokens", type=at_least(1), help="longest answer; as in training without it")
-    command.add_argument("--batch-size", type=at_least(1), default=32, help="inputs answered at once")
+    command.add_argument("--eval-batch-size", type=at_least(1), default=32, help="inputs answered at once")
     command.add_argument("--precision", help="auto, fp32 or bf16; as in training without it")
 
 
@@ -780,14 +835,18 @@ def main(words: Sequence[str] | None = None) -> None:
         arguments.function(arguments)
     except (RunError, CheckpointError, DataError) as error:
         sys.exit(f"train.py: {error}")
+    except BrokenPipeError:  # the reader of the answers has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror or error}")
     except torch.OutOfMemoryError:
-        sys.exit(
-            "train.py: the GPU's memory is full; a smaller --microbatch or --gradient-checkpointing changes no gradient"
-        )
+        sys.exit("train.py: the GPU's memory is full; take a smaller --microbatch (or --eval-batch-size, in answering)")
     except KeyboardInterrupt:
-        sys.exit("train.py: stopped; a training run goes on from its last checkpoint with --resume")
+        trains = hasattr(arguments, "resume")
+        sys.exit(
+            "train.py: stopped" + ("; --resume goes on from the last checkpoint, if there is one" if trains else "")
+        )
 
 
 if __name__ == "__main__":

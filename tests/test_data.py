@@ -446,6 +446,11 @@ def test_a_damaged_shard_names_its_line(tokenizer, tmp_path):
     path.write_bytes(gzip.compress(good.encode() * 100)[:-30])
     with pytest.raises(DataError, match="bad.json.gz"):
         PretrainingChunks([path], tokenizer, 8, 0).take(1)
+    whole = bytearray(gzip.compress(random.Random(0).randbytes(3000)))
+    whole[1000:1010] = b"\xff" * 10  # damaged in the middle, not cut
+    path.write_bytes(whole)
+    with pytest.raises(DataError, match="bad.json.gz"):
+        PretrainingChunks([path], tokenizer, 8, 0)
     path.write_bytes(gzip.compress(b""))
     with pytest.raises(DataError, match="no text"):
         PretrainingChunks([path], tokenizer, 8, 0).take(1)

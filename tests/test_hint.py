@@ -174,6 +174,7 @@ def test_a_kept_task_answers_without_its_instruction(tmp_path):
     found = EncodedTask.load(tmp_path / "task.pt")
     assert torch.equal(model.generate(found, inputs, max_new_tokens=9), model.generate(task, inputs, max_new_tokens=9))
     assert not any(tensor.requires_grad for tensor in tensors_of(found))
+    assert {tensor.device.type for tensor in tensors_of(found.to("meta"))} == {"meta"}
 
 
 def test_a_file_that_is_no_task_is_refused_and_not_executed(tmp_path):

@@ -553,7 +553,7 @@ def test_both_files_of_a_folder_are_replaced_whole(tmp_path, monkeypatch):
     real, seen = t5.replacing, []
     monkeypatch.setattr(t5, "replacing", lambda path: (seen.append(path.name), real(path))[1])
     saved(tmp_path)
-    assert seen == ["model.safetensors", "config.json"]
+    assert seen == ["config.json", "model.safetensors"], "weights without a config could not be read"
 
 
 def test_a_file_that_is_being_replaced_keeps_its_content_until_the_new_one_is_whole(tmp_path):

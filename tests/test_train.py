@@ -14,6 +14,7 @@ import torch
 from conftest import SHARED, needs_shared, tiny_hint, tiny_t5
 from test_data import TASK, spiece, tokenizer, write_shards, write_task  # noqa: F401 (fixtures)
 
+import t5
 import train
 from data import HINTFormat, Ids, Task
 from hint import HINT, PlainT5, load_model
@@ -89,7 +90,7 @@ def test_finetune_evaluate_and_predict_work_on_each_other_s_folders(tmp_path, sn
     assert set(metrics) == {"test_1", "test_2", "overall"} and set(metrics["overall"]) == {"exact_match", "rougeL"}
     assert "overall" in capsys.readouterr().out
 
-    run("evaluate", "--model", out, "--data", sni, "--out", tmp_path / "again", "--batch-size", 3)
+    run("evaluate", "--model", out, "--data", sni, "--out", tmp_path / "again", "--eval-batch-size", 3)
     assert (tmp_path / "again" / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
     capsys.readouterr()
     run("predict", "--model", out, "--instruction", "Say it.", "in 0", "in 1", "in 2")
@@ -218,17 +219,25 @@ def test_a_resumed_pretraining_goes_on_in_the_text(tmp_path, start, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("lost", ["weights", "training state"])
-def test_a_checkpoint_that_could_not_be_finished_leaves_the_last_one_whole(tmp_path, sni, start, monkeypatch, lost):
-    """The disk is full when one of the two parts of step 4's checkpoint is written: step 2's must still be whole."""
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("lost", ["config or weights", "weights", "training state"])
+def test_a_checkpoint_that_could_not_be_finished_leaves_the_last_one_whole(
+    tmp_path, sni, start, monkeypatch, lost, first
+):
+    """The disk is full when a part of the first or second checkpoint is written: the one before must still be whole."""
     options = ("--steps", 6, "--save-every", 2)
     finetune(sni, start, tmp_path / "whole", *options)
-    owner, name = (HINT, "save_pretrained") if lost == "weights" else (torch, "save")
+    parts = {
+        "config or weights": (HINT, "save_pretrained"),
+        "weights": (t5, "write_safetensors"),
+        "training state": (torch, "save"),
+    }
+    owner, name = parts[lost]
     real, calls = getattr(owner, name), []
 
     def full(*arguments, **settings):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == first:
             raise OSError(28, "No space left on device", "a file")
         return real(*arguments, **settings)
 
@@ -261,6 +270,100 @@ class MakesAFolder:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_what_has_no_part_in_the_gradient_may_change_when_a_run_goes_on(tmp_path, sni, start):
+    """As after a message that the memory is full."""
+    finetune(sni, start, tmp_path / "run", "--steps", 1, "--dropout", 0)
+    finetune(sni, start, tmp_path / "run", "--steps", 3, "--dropout", 0, "--resume", "--microbatch", 1, "--save-every", 1,
+             "--gradient-checkpointing", "--eval-batch-size", 2)  # fmt: skip
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_foreign_lines_in_a_log_are_dropped_and_a_foreign_training_state_is_refused(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    with open(tmp_path / "run" / "log.jsonl", "ab") as log:
+        log.write(b'{"a": 1}\n[]\n\xff\n{"step": "x"}\n')
+    finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2]
+    torch.save({"position": 3}, tmp_path / "run" / "training-2.pt")
+    with pytest.raises(SystemExit, match="training-2.pt: is not the training state of a run"):
+        finetune(sni, start, tmp_path / "run", "--steps", 3, "--resume")
+
+
+def test_a_corpus_that_cannot_be_read_leaves_nothing_behind(tmp_path, start):
+    (tmp_path / "bad.json.gz").write_bytes(b"not gzip")
+    with pytest.raises(SystemExit, match="bad.json.gz"):
+        run("pretrain", "--start", start, "--corpus", tmp_path / "bad.json.gz", "--out", tmp_path / "out", *FAST)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropout_of_the_generator_may_change_after_pretraining(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "one", "--steps", 1, "--generator-dropout", 0.1)
+    run(
+        "finetune",
+        "--data",
+        sni,
+        "--start",
+        tmp_path / "one",
+        "--out",
+        tmp_path / "two",
+        "--steps",
+        1,
+        *FAST,
+        "--generator-dropout",
+        0.4,
+    )
+    assert HINT.from_pretrained(tmp_path / "two").config.generator_dropout == 0.4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"run": 5}, {"max_input": "x"}, {"max_input": 3}, {"max_target": 1e9}, {"examples": "x"}, {"system": "foo"}],
+)
+def test_settings_of_a_run_that_make_no_sense_are_refused(tmp_path, sni, start, change):
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**config, "run": {**config["run"], **change}} if "run" not in change else {**config, **change})
+    )
+    with pytest.raises(SystemExit, match="config.json: its run"):
+        run("predict", "--model", tmp_path / "run", "--instruction", "x", "y")
+
+
+def test_models_that_cannot_answer_so_are_refused(tmp_path, sni, start, spiece):
+    """A folder without a model, a system that the model is not of, a tokenizer that is too large for it."""
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    run("evaluate", "--model", tmp_path / "run", "--data", sni, "--out", tmp_path / "scores")
+    assert json.loads((tmp_path / "scores" / "config.json").read_text())["run"]["system"] == "hint"
+    ask = ("--instruction", "x", "y")
+    with pytest.raises(SystemExit, match="scores.*has saved no model"):
+        run("predict", "--model", tmp_path / "scores", *ask)
+    with pytest.raises(SystemExit, match="run is a HINT model"):
+        run("predict", "--model", tmp_path / "run", "--system", "tk-instruct", *ask)
+    with pytest.raises(SystemExit, match="is not a HINT model"):
+        run("predict", "--model", start, "--system", "hint", *ask)
+    tiny_t5(vocab_size=64).save_pretrained(start)
+    with pytest.raises(SystemExit, match="the model only 64"):
+        run("predict", "--model", start, *ask)
+
+
+def test_halves_of_characters_are_read_as_question_marks(tmp_path, sni, start, capsys):
+    """JSON and command lines may hold them; tokenizers and files may not."""
+    path = sni / "tasks" / "test_1.json"
+    path.write_text(path.read_text().replace("the cat sat", "the \\ud800 sat").replace("out 0", "out \\ud83d"))
+    assert "\\ud800" in path.read_text()
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    assert "out ?" in (tmp_path / "run" / "predictions.jsonl").read_text()
+    run("predict", "--model", tmp_path / "run", "--instruction", "a \udcff b", "in \udcff")
+
+
+def test_a_reader_who_has_seen_enough_ends_the_answers_quietly(tmp_path, sni, start):
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    ask = f"{sys.executable} {TRAIN} predict --model {tmp_path / 'run'} --instruction x " + "y " * 9
+    done = subprocess.run(f"({ask}) | true", shell=True, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 def test_a_training_state_that_wants_to_run_code_is_refused(tmp_path, sni, start):
@@ -585,6 +688,7 @@ def test_other_commands_refuse_in_the_same_way(tmp_path, sni, start):
         dict(learning_rate=-1.0),
         dict(max_input=3),
         dict(steps="many"),
+        dict(seed=2**63),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(wrong):
@@ -626,7 +730,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoin
     "error, sentence",
     [
         (torch.OutOfMemoryError("CUDA"), "--microbatch"),
-        (KeyboardInterrupt(), "--resume"),
+        (KeyboardInterrupt(), "stopped; --resume"),
         (OSError(28, "No space left on device", "x"), "x: No space"),
     ],
 )
