@@ -644,6 +644,7 @@ def system_of(prompts: PromptFormat) -> str:
 
 
 def prompt_format(system: str, tokenizer: Tokenizer, examples: int, recipe: Recipe) -> PromptFormat:
+    """The text of a system, with the examples and lengths of a run."""
     return SYSTEMS[system](tokenizer, examples, recipe.max_instruction, recipe.max_input)
 
 
@@ -763,6 +764,7 @@ def parser() -> Parser:
 
 
 def add_command(commands, function: Callable) -> Parser:
+    """A command named as the function that carries it out, which also tells what it does."""
     text = function.__doc__
     command = commands.add_parser(function.__name__, help=text, description=text)
     command.set_defaults(function=function)
@@ -770,6 +772,7 @@ def add_command(commands, function: Callable) -> Parser:
 
 
 def add_data_options(command: Parser) -> None:
+    """The options that say which tasks."""
     command.add_argument("--data", required=True, help="Super-NaturalInstructions: a folder with tasks/ and splits/")
     command.add_argument(
         "--max-instances", type=at_least(1), default=100, help="the first so many instances of each task"
@@ -777,6 +780,7 @@ def add_data_options(command: Parser) -> None:
 
 
 def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str] = ()) -> None:
+    """The options of a run that trains: where it starts, the sizes of a new hypernetwork, and its recipe."""
     start = command.add_mutually_exclusive_group(required=True)
     start.add_argument(
         "--start", help="model to start from: a folder, or a public name such as google/t5-base-lm-adapt"
@@ -801,6 +805,7 @@ def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str
 
 
 def add_answering_options(command: Parser) -> None:
+    """The options of a command that answers with a saved model."""
     command.add_argument("--model", required=True, help="folder of a run, or a public T5")
     command.add_argument("--tokenizer", help="folder, file or public name; that of --model without it")
     command.add_argument(
@@ -815,10 +820,13 @@ def add_answering_options(command: Parser) -> None:
 
 
 def flag(item) -> str:
+    """The option of a field."""
     return "--" + item.name.replace("_", "-")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
+    """A reader of whole numbers for argparse."""
+
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
