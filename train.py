@@ -717,11 +717,18 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
     return Answerer(model, prompts, longest, arguments.eval_batch_size, precision)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """One sentence for a wrong command line, in place of a page of usage."""
 
     def __init__(self, **settings) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **settings)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
