@@ -721,7 +721,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows a default where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        has_none = action.default is None or action.default is False
+        return action.help if has_none else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
