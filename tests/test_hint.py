@@ -215,6 +215,11 @@ def test_sizes_that_make_no_sense_are_refused(wrong):
         HINTConfig(**wrong)
 
 
+def test_the_dropout_of_the_config_is_that_of_the_generating_networks():
+    model = HINT(tiny_t5(), HINTConfig(2, 2, generator_dropout=0.3))
+    assert {network[2].p for network in model.hypernetwork.networks.values()} == {0.3}
+
+
 def test_heads_need_not_divide_the_model():
     """T5-3B has h*k = 4 d: prefixes take k of the config, never d/h."""
     config = tiny_config(d_kv=40)
