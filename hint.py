@@ -46,7 +46,7 @@ class HINTConfig:
     bottleneck: int = 512  # r, hidden width of each adapter
     prefix_length: int = 30  # P, generated keys and values of each attention
     generator_dropout: float = 0.1  # in the generating networks; the authors' code has 0.1 whatever T5 has
-    embedding_scale: float = 1.0  # column embeddings begin with a std of this times d^-0.5; more helps from scratch
+    embedding_scale: float = 1.0  # column embeddings begin with a std of this times d^-0.5, the authors' value
 
     def __post_init__(self) -> None:
         bounds = {

@@ -386,8 +386,8 @@ class T5(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         """Fan-in scaling; W_q also takes the 1/sqrt(k) that T5's scores lack.
 
-        The relative bias begins larger than T5's d^-0.5: Adafactor steps in proportion to a parameter's size, and a
-        small model with a small bias learns for long without knowing the order of words.
+        The relative bias begins larger than the d^-0.5 of transformers: Adafactor steps in proportion to a parameter's
+        size, and a draft of the toy world was learned worse with the smaller one (README).
         """
         if isinstance(module, Attention):
             nn.init.normal_(module.q.weight, std=(self.config.d_model * self.config.d_kv) ** -0.5)

@@ -148,19 +148,15 @@ DEMO = Recipe(
 )  # fmt: skip
 DEMO_T5 = T5Config(d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1, dropout_rate=0.0)
 DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0, embedding_scale=8.0)
-NOT_IN_PRETRAINING = (
-    "group",
-    "max_instruction",
-    "max_target",
-    "eval_every",
-)  # one --max-input is the length of a segment
+# There are no tasks in pretraining, and --max-input is the length of a whole segment.
+NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")
 SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": NoInstructFormat}
 
 
 # --------------------------------------------------------------------------------------------- a run and its folder
 
 
-MAY_CHANGE = (  # when a run goes on: its length, and what has no part in the gradient
+MAY_CHANGE = (  # when a run goes on: its length, and what leaves the gradient as it is, but for the draws of dropout
     "steps", "microbatch", "gradient_checkpointing", "log_every", "save_every", "eval_every", "eval_batch_size",
 )  # fmt: skip
 
@@ -202,14 +198,8 @@ class Run:
     def _forget_log_behind(self, step: int) -> None:
         path = self.out / "log.jsonl"
         if path.is_file():
-            write(
-                path,
-                "".join(
-                    line
-                    for line in path.read_text("utf-8", "replace").splitlines(keepends=True)
-                    if _step_of(line) <= step
-                ),
-            )
+            lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
+            write(path, "".join(line for line in lines if _step_of(line) <= step))
 
     def log(self, **entry) -> None:
         """One more line of `log.jsonl`."""
@@ -217,7 +207,7 @@ class Run:
             file.write(json.dumps(entry) + "\n")
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, source, meter: Meter) -> None:
-        """A checkpoint: first the training state, then the weights, which name the step whose state is theirs.
+        """A checkpoint: first the training state, then config and weights, which name the step whose state is theirs.
 
         Each file is written beside and renamed, so at any moment the folder holds one whole checkpoint.
         """
