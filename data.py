@@ -24,6 +24,7 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
+import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -494,6 +495,45 @@ class Batch(NamedTuple):
     instruction_ids: Tensor  # [B, Li]
     input_ids: Tensor  # [B, S]
     labels: Tensor  # [B, T]
+
+
+def microbatches(examples: Sequence[Ids], tokens: int) -> list[list[Ids]]:
+    """Examples of like lengths together, in parts of at most so many tokens each, padding counted (or of one example).
+
+    A part that is too large is cut in two: ordered by instruction, by input or by target, at whatever place leaves the
+    least padding. So one instruction seldom falls into two parts, each of which would encode it.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    sizes = np.array(
+        [(numbers.setdefault(tuple(example.instruction), len(numbers)), *map(len, example)) for example in examples]
+    )  # [B, 4]: which instruction, its length, that of the input, that of the target
+    done, parts = [], [np.arange(len(examples))]
+    while parts:
+        part = parts.pop()
+        if len(part) == 1 or _padded_tokens(sizes[part])[-1] <= tokens:
+            done.append([examples[place] for place in part])
+        else:
+            parts += _cut_in_two(part, sizes[part])
+    return done
+
+
+def _cut_in_two(part: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    cuts = []
+    for keys in ((2, 0, 1), (3, 2), (2, 3)):  # the last key is the first to be ordered by
+        order = np.lexsort(sizes[:, keys].T)
+        ordered = sizes[order]
+        tokens = _padded_tokens(ordered)[:-1] + _padded_tokens(ordered[::-1])[-2::-1]
+        cuts.append((tokens.min(), tokens.argmin() + 1, order))
+    _, place, order = min(cuts, key=lambda cut: cut[0])
+    return [part[order[:place]], part[order[place:]]]
+
+
+def _padded_tokens(sizes: np.ndarray) -> np.ndarray:
+    """Tokens of the first 1, 2, ..., B examples as a padded batch; each distinct instruction counts once."""
+    first = np.zeros(len(sizes))
+    first[np.unique(sizes[:, 0], return_index=True)[1]] = 1
+    longest = np.maximum.accumulate(sizes[:, 1:])
+    return first.cumsum() * longest[:, 0] + np.arange(1, len(sizes) + 1) * (longest[:, 1] + longest[:, 2])
 
 
 def collate(examples: Sequence[Ids]) -> Batch:

@@ -49,6 +49,7 @@ from data import (
     encode_tasks,
     load_tasks,
     load_tokenizer,
+    microbatches,
     pad,
     score,
     toy_tokenizer,
@@ -92,7 +93,7 @@ class Recipe:
         1, "neighbours in the data (examples of a task) that stay together: fewer instructions to encode a step"
     )
     microbatch: int = option(
-        16, "examples at once on the device: fewer take less memory, and the gradient is the same but for dropout"
+        4096, "tokens at once on the device, padding counted: fewer take less memory; the gradient is that of the batch"
     )
     learning_rate: float = option(
         1e-3, "of Adafactor, relative to the size of each parameter, and at most 1/sqrt(step)"
@@ -142,7 +143,7 @@ RECIPES = {
     "finetune": Recipe(),
 }
 DEMO = Recipe(
-    steps=2000, batch_size=64, group=2, microbatch=64,  # two instances of each of 32 tasks
+    steps=2000, batch_size=64, group=2,  # two instances of each of 32 tasks
     learning_rate=0.03, warmup=100, final_rate=0.05,  # the paper's 1e-3 is for a pretrained model
     dropout=0.0, max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000,
 )  # fmt: skip
@@ -320,21 +321,16 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, device: torch.device, context) -> float:
-    """Gradient of the mean loss per target token of the *whole* batch, whatever the microbatch; returns that mean.
-
-    Examples of one instruction and of like length go together, so that few microbatches share an instruction, which
-    is encoded once in each, and little is padding.
-    """
+    """Gradient of the mean loss per target token of the *whole* batch, whatever the microbatch; returns that mean."""
     tokens = sum(len(example.target) for example in examples)
-    examples = sorted(examples, key=lambda example: (len(example.instruction), example.instruction, len(example.input)))
-    total = 0.0
-    for start in range(0, len(examples), microbatch):
-        batch = to(device, collate(examples[start : start + microbatch]))
+    total = torch.zeros((), device=device)  # read once, at the end: a GPU need not wait for Python between microbatches
+    for part in microbatches(examples, microbatch):
+        batch = to(device, collate(part))
         with context():
             out = model(*batch)
         ((out.cross_entropy + Z_LOSS * out.z_loss) / tokens).backward()
-        total += out.cross_entropy.item()
-    return total / tokens
+        total += out.cross_entropy.detach()
+    return total.item() / tokens
 
 
 def restore(optimizer: torch.optim.Optimizer, meter: Meter, state: dict) -> None:

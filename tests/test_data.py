@@ -3,11 +3,13 @@
 import gzip
 import io
 import json
+import math
 import os
 import random
 import re
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import sentencepiece
@@ -33,6 +35,7 @@ from data import (
     exact_match,
     load_tasks,
     load_tokenizer,
+    microbatches,
     rouge_l,
     score,
     toy_tokenizer,
@@ -474,6 +477,60 @@ def test_a_batch_is_padded_with_zeros_and_labels_with_minus_100():
 @pytest.fixture(scope="module")
 def world():
     return toy_world(seed=0)
+
+
+def padded_tokens(part) -> int:
+    """What the model is given of some examples: each distinct instruction once, all of them padded."""
+    instructions = {tuple(example.instruction) for example in part}
+    longest = [max(map(len, lengths)) for lengths in zip(*part)]
+    return len(instructions) * longest[0] + len(part) * (longest[1] + longest[2])
+
+
+@pytest.fixture
+def mixed_examples() -> list[data.Ids]:
+    """Two hundred examples of forty tasks, whose lengths are spread as widely as real ones."""
+    draw = random.Random(0)
+
+    def ids(mean: int) -> list[int]:
+        return [draw.randint(2, 50) for _ in range(1 + int(draw.lognormvariate(math.log(mean), 1)))]
+
+    tasks = [ids(60) for _ in range(40)]
+    return [data.Ids(draw.choice(tasks), ids(30), ids(9)) for _ in range(200)]
+
+
+def test_microbatches_hold_every_example_once_and_no_more_tokens_than_allowed(mixed_examples):
+    for tokens in (1, 100, 1000, 5000, 10**6):
+        parts = microbatches(mixed_examples, tokens)
+        assert sorted(chain(*parts)) == sorted(mixed_examples)
+        assert all(len(part) == 1 or padded_tokens(part) <= tokens for part in parts)
+    assert len(parts) == 1
+
+
+def test_microbatches_are_cut_where_the_least_padding_is_left(mixed_examples):
+    """The cut is found again by trying every place of every order."""
+    which = {
+        instruction: number for number, instruction in enumerate(dict.fromkeys(tuple(e[0]) for e in mixed_examples))
+    }
+    orders = (
+        lambda e: (len(e.instruction), which[tuple(e.instruction)], len(e.input)),
+        lambda e: (len(e.input), len(e.target)),
+        lambda e: (len(e.target), len(e.input)),
+    )
+    least = min(
+        padded_tokens(ordered[:place]) + padded_tokens(ordered[place:])
+        for ordered in (sorted(mixed_examples, key=order) for order in orders)
+        for place in range(1, len(ordered))
+    )
+    parts = microbatches(mixed_examples, padded_tokens(mixed_examples) - 1)
+    assert len(parts) == 2 and sum(map(padded_tokens, parts)) == least
+
+
+def test_microbatches_of_like_lengths_waste_little(mixed_examples):
+    """Several times less than the same number of microbatches in random order."""
+    parts = microbatches(mixed_examples, 2000)
+    size = -(-len(mixed_examples) // len(parts))
+    random_parts = [mixed_examples[start : start + size] for start in range(0, len(mixed_examples), size)]
+    assert sum(map(padded_tokens, parts)) < sum(map(padded_tokens, random_parts)) / 2
 
 
 def test_the_toy_world_has_the_form_of_the_real_one(world):

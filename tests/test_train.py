@@ -21,7 +21,7 @@ from hint import HINT, PlainT5, load_model
 from t5 import T5, T5Config
 
 TRAIN = Path(train.__file__)
-FAST = "--batch-size 4 --microbatch 2 --log-every 1 --max-input 40 --precision fp32".split()
+FAST = "--batch-size 4 --microbatch 100 --log-every 1 --max-input 40 --precision fp32".split()
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_finetune_evaluate_and_predict_work_on_each_other_s_folders(tmp_path, sn
 def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sni, start):
     shards, out = write_shards(tmp_path, 300), tmp_path / "pre"
     run("pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 60, "--learning-rate", 0.02, "--bottleneck", 3,
-                "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 16, "--log-every", 20)  # fmt: skip
+                "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 1000, "--log-every", 20)  # fmt: skip
     losses = [entry["loss"] for entry in log_of(out)]
     assert losses[-1] < losses[0] - 0.5, "the text has few words: learning them alone lowers the loss by more"
     run("finetune", "--data", sni, "--start", out, "--out", tmp_path / "fine", "--steps", 1, *FAST)
@@ -492,9 +492,10 @@ def test_microbatches_of_any_size_give_the_gradient_of_the_whole_batch():
     """Targets differ in length, so a mean over microbatches of means would be another gradient."""
     model, batch = tiny_hint(), examples()
     batch += [example._replace(instruction=batch[0].instruction) for example in examples(3)]
-    wanted = gradient(model, batch, len(batch))
-    for microbatch in (1, 2, 3, 7):
-        for found, right in zip(gradient(model, batch, microbatch), wanted, strict=True):
+    wanted = gradient(model, batch, 1000)
+    assert [len(train.microbatches(batch, tokens)) for tokens in (1000, 100, 50, 1)] == [1, 5, 7, 10]
+    for tokens in (100, 50, 1):
+        for found, right in zip(gradient(model, batch, tokens), wanted, strict=True):
             torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-4)
 
 
@@ -507,9 +508,9 @@ def gradient(model, batch, microbatch):
 
 def test_z_loss_is_part_of_the_gradient(monkeypatch):
     model, batch = tiny_hint(), examples()
-    with_it = gradient(model, batch, 4)
+    with_it = gradient(model, batch, 1000)
     monkeypatch.setattr(train, "Z_LOSS", 0.0)
-    without = gradient(model, batch, 4)
+    without = gradient(model, batch, 1000)
     assert any((one - other).abs().max() > 1e-6 for one, other in zip(with_it, without))
 
 
