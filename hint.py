@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,16 @@ from t5 import (
     LayerModules,
     Loss,
     Modules,
+    Source,
     T5Config,
     fill,
     first_line,
+    map_tensors,
     padding_mask,
     read_config,
     read_weights,
     replacing,
     save_folder,
-    shift_right,
-    token_loss,
 )  # fmt: skip
 
 
@@ -70,16 +70,16 @@ class EncodedTask(NamedTuple):
 
     def rows(self, index: Tensor) -> EncodedTask:
         """The tasks at `index` [B], where one task may stand several times."""
-        return _map(lambda tensor: tensor.index_select(0, index), self)
+        return map_tensors(lambda tensor: tensor.index_select(0, index), self)
 
     def to(self, device: torch.device | str) -> EncodedTask:
         """The task on a device."""
-        return _map(lambda tensor: tensor.to(device), self)
+        return map_tensors(lambda tensor: tensor.to(device), self)
 
     def save(self, path: str | os.PathLike) -> None:
         """Keep the task; with the model that encoded it, its instruction is never needed again."""
         with replacing(Path(path)) as file:
-            torch.save(_map(torch.Tensor.detach, self), file)
+            torch.save(map_tensors(torch.Tensor.detach, self), file)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EncodedTask:
@@ -92,16 +92,6 @@ class EncodedTask(NamedTuple):
         if not isinstance(task, EncodedTask):
             raise CheckpointError(f"{path}: is not an encoded task")
         return task
-
-
-def _map(function: Callable[[Tensor], Tensor], tree):
-    """Apply a function to every tensor of nested tuples; None stays None."""
-    if tree is None:
-        return None
-    if isinstance(tree, Tensor):
-        return function(tree)
-    items = [_map(function, item) for item in tree]
-    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
 
 
 class HINT(nn.Module):
@@ -134,19 +124,16 @@ class HINT(nn.Module):
         """
         distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)  # [U, Li], [B]
         task = self.encode_instruction(distinct).rows(example_of)
-        memory, mask = self._fuse(task, input_ids, padding_mask(input_ids))
-        return token_loss(self.t5.decode(shift_right(labels), memory, mask, task.modules), labels)
+        return self.t5.loss(labels, self._fuse(task, input_ids), task.modules)
 
-    def _fuse(self, task: EncodedTask, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Instruction fusion: the decoder's source is [instruction states ; input states] (section 3.1).
+    def _fuse(self, task: EncodedTask, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Source]:
+        """Instruction fusion: the decoder reads the states of the instruction and of the input (section 3.1).
 
-        Inputs [B, S] -> states [B, Li + S, d] and their mask [B, Li + S]. Cross-attention has no position bias,
-        so the order of the two means nothing.
+        The paper concatenates them. Cross-attention has no position bias, so their order means nothing, and the
+        states of one task can stay one row that all inputs [B, S] share.
         """
-        states = self.t5.encode(input_ids, attention_mask, task.modules)
-        batch = len(input_ids)
-        memory = torch.cat([task.states.expand(batch, -1, -1), states], dim=1)
-        return memory, torch.cat([task.attention_mask.expand(batch, -1), attention_mask], dim=1)
+        instruction = Source(task.states, task.attention_mask)  # [B or 1, Li, d]
+        return [instruction, self.t5.read(input_ids, attention_mask, task.modules)]
 
     @torch.no_grad()
     def generate(
@@ -156,9 +143,8 @@ class HINT(nn.Module):
 
         The authors decode with a beam search of one beam, which can also end on an `</s>` that ranks second.
         """
-        mask = padding_mask(input_ids) if attention_mask is None else attention_mask
-        memory, memory_mask = self._fuse(task, input_ids, mask)
-        return self.t5.decode_greedily(memory, memory_mask, task.modules, max_new_tokens)
+        sources = self._fuse(task, input_ids, attention_mask)
+        return self.t5.decode_greedily(sources, task.modules, max_new_tokens)
 
     @classmethod
     def from_t5(cls, name_or_dir: str | os.PathLike, config: HINTConfig | None = None) -> HINT:
@@ -205,7 +191,7 @@ class PlainT5(nn.Module):
 
     def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
         """Inputs [B, S] and labels [B, T] -> loss; the instructions are not read."""
-        return token_loss(self.t5(input_ids, shift_right(labels)), labels)
+        return self.t5.loss(labels, [self.t5.read(input_ids)])
 
     def generate(
         self, task: None, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128

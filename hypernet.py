@@ -93,7 +93,7 @@ class ColumnGenerator(nn.Module):
         """Encoded instructions [B, S, d] with their mask [B, S] -> modules for B examples."""
         columns = torch.cat([self.embeddings[name] for name in self.kinds]).unsqueeze(0)  # C [1, N, d]
         source = self.attention.project(states)
-        collected = self.attention(columns, source, padding_bias(attention_mask))  # Z [B, N, d]
+        collected = self.attention(columns, [source], padding_bias(attention_mask))  # Z [B, N, d]
         pieces = collected.split([kind.slots * kind.columns for kind in self.kinds.values()], dim=1)
         weights = {}
         for (name, kind), piece in zip(self.kinds.items(), pieces):

@@ -18,7 +18,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple
+from typing import BinaryIO, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -140,8 +140,9 @@ class Adapter(NamedTuple):
     up_bias: Tensor  # [B or 1, 1, d]
 
     def __call__(self, u: Tensor) -> Tensor:  # [B, S, d]
-        hidden = F.gelu(u @ self.down + self.down_bias, approximate="tanh")  # [B, S, r]
-        return hidden @ self.up + self.up_bias  # [B, S, d]
+        down, up = (w[0] if len(w) == 1 else w for w in (self.down, self.up))  # one for all rows: one large product
+        hidden = F.gelu(u @ down + self.down_bias, approximate="tanh")  # [B, S, r]
+        return hidden @ up + self.up_bias  # [B, S, d]
 
 
 class LayerModules(NamedTuple):
@@ -150,6 +151,28 @@ class LayerModules(NamedTuple):
     adapter: Adapter | None = None
     prefix: KeyValue | None = None  # of the self-attention
     cross_prefix: KeyValue | None = None  # of the cross-attention, decoder only
+
+
+class Source(NamedTuple):
+    """Something for the cross-attention to read. One of one row is read by all rows, and projected once for them."""
+
+    states: Tensor  # [B or 1, S, d], from an encoder
+    attention_mask: Tensor  # [B or 1, S]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree):
+    """Apply a function to every tensor of nested tuples; None stays None."""
+    if tree is None:
+        return None
+    if isinstance(tree, Tensor):
+        return function(tree)
+    items = [map_tensors(function, item) for item in tree]
+    return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+
+
+def select_rows(tree, rows: Tensor):
+    """The rows of every tensor of nested tuples; a tensor of one row belongs to all rows and stays as it is."""
+    return map_tensors(lambda tensor: tensor if len(tensor) == 1 else tensor.index_select(0, rows), tree)
 
 
 class Modules(NamedTuple):
@@ -230,14 +253,30 @@ def padding_bias(attention_mask: Tensor) -> Tensor:
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
+def attend(
+    query: Tensor, parts: Sequence[KeyValue], bias: Tensor, dropout: Callable[[Tensor], Tensor] = nn.Identity()
+) -> Tensor:
     """Attention as T5 has it: scores are not divided by sqrt(k), the softmax is taken in fp32.
 
-    query [B, h, T, k], key and value [B, h, S, k], bias broadcastable to [B, h, T, S] -> [B, h, T, k]
+    query [B, h, T, k]; keys and values in parts [B or 1, h, S_i, k] that are read as if they were one, S long;
+    bias broadcastable to [B, h, T, S] -> [B, h, T, k]
     """
-    scores = query @ key.transpose(-1, -2) + bias  # [B, h, T, S]
-    weights = scores.float().softmax(dim=-1).type_as(value)
-    return dropout(weights) @ value
+    scores = _joined([_product(query, part.key.transpose(-1, -2)) for part in parts]) + bias  # [B, h, T, S]
+    weights = dropout(scores.float().softmax(dim=-1).type_as(query))
+    lengths = [part.key.shape[2] for part in parts]
+    return sum(_product(weight, part.value) for weight, part in zip(weights.split(lengths, dim=-1), parts))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x [B, h, T, n] times y [B or 1, h, n, m]; a y that all rows share is read once, not once a row."""
+    if len(x) == 1 or len(y) > 1:
+        return x @ y
+    batch, _, length, _ = x.shape
+    return (x.transpose(0, 1).flatten(1, 2) @ y[0]).unflatten(1, (batch, length)).transpose(0, 1)
 
 
 class Attention(nn.Module):
@@ -261,9 +300,9 @@ class Attention(nn.Module):
         """Keys and values of the states [B, S, d]."""
         return KeyValue(self.split(self.k(states)), self.split(self.v(states)))
 
-    def forward(self, x: Tensor, source: KeyValue, bias: Tensor) -> Tensor:
-        """x [B, T, d] asks, the source answers -> [B, T, d]"""
-        mixed = attend(self.split(self.q(x)), source.key, source.value, bias, self.dropout)  # [B, h, T, k]
+    def forward(self, x: Tensor, parts: Sequence[KeyValue], bias: Tensor) -> Tensor:
+        """x [B, T, d] asks, keys and values answer -> [B, T, d]"""
+        mixed = attend(self.split(self.q(x)), parts, bias, self.dropout)  # [B, h, T, k]
         return self.o(mixed.transpose(1, 2).flatten(2))
 
 
@@ -284,11 +323,11 @@ class FeedForward(nn.Module):
 
 
 class LayerCache:
-    """What one decoder layer keeps from step to step: its keys and values so far, and those of the source."""
+    """What one decoder layer keeps from step to step: its keys and values so far, and those of the sources."""
 
-    def __init__(self, own: KeyValue, prefix: KeyValue | None, source: KeyValue) -> None:
+    def __init__(self, own: KeyValue, prefix: KeyValue | None, sources: list[KeyValue]) -> None:
         """`own`: room for all tokens to come; a prefix takes the first P places, so real positions do not shift."""
-        self.own, self.source, self.filled = own, source, 0
+        self.own, self.sources, self.filled = own, sources, 0
         if prefix is not None:
             self.extend(prefix)
 
@@ -299,6 +338,10 @@ class LayerCache:
             room[:, :, self.filled : end] = x
         self.filled = end
         return KeyValue(*(room[:, :, :end] for room in self.own))
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows but these [at most B]; what all rows share stays."""
+        self.own, *self.sources = select_rows((self.own, *self.sources), rows)
 
 
 class Block(nn.Module):
@@ -317,23 +360,24 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, bias: Tensor, modules: LayerModules,
-        memory: Tensor | None = None, memory_bias: Tensor | None = None, cache: LayerCache | None = None,
+        sources: Sequence[Source] = (), source_bias: Tensor | None = None, cache: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [B, T, d] -> [B, T, d]. A decoder layer also reads `memory` [B, S, d], or the cache that was made of it."""
+        """x [B, T, d] -> [B, T, d]. A decoder layer also reads the sources, or the cache that was made of them."""
         u = self.self_attention_norm(x)
         own = self.self_attention.project(u)
         own = cache.extend(own) if cache else own.after(modules.prefix)
-        x = x + self.dropout(self.self_attention(u, own, bias))
-        if memory_bias is not None:
-            source = cache.source if cache else self.project_memory(memory, modules)
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), source, memory_bias))
+        x = x + self.dropout(self.self_attention(u, [own], bias))
+        if source_bias is not None:
+            parts = cache.sources if cache else self.project_sources(sources, modules)
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), parts, source_bias))
         u = self.feed_forward_norm(x)
         x = x + self.dropout(self.feed_forward(u))
         return x if modules.adapter is None else x + modules.adapter(u)
 
-    def project_memory(self, memory: Tensor, modules: LayerModules) -> KeyValue:
-        """The keys and values that the cross-attention reads, [B, h, P + S, k]."""
-        return self.cross_attention.project(memory).after(modules.cross_prefix)
+    def project_sources(self, sources: Sequence[Source], modules: LayerModules) -> list[KeyValue]:
+        """The keys and values that the cross-attention reads: of the prefix, [B or 1, h, P, k], and of each source."""
+        prefix = [] if modules.cross_prefix is None else [modules.cross_prefix]
+        return prefix + [self.cross_attention.project(source.states) for source in sources]
 
 
 class Stack(nn.Module):
@@ -350,14 +394,14 @@ class Stack(nn.Module):
 
     def forward(
         self, x: Tensor, bias: Tensor, layers: tuple[LayerModules, ...],
-        memory: Tensor | None = None, memory_bias: Tensor | None = None, caches: Iterable[LayerCache] | None = None,
+        sources: Sequence[Source] = (), source_bias: Tensor | None = None, caches: Iterable[LayerCache] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Embeddings [B, S, d] -> states [B, S, d]; `bias` and `memory_bias` are for real tokens alone."""
+        """Embeddings [B, S, d] -> states [B, S, d]; `bias` and `source_bias` are for real tokens alone."""
         bias = _past_prefix(bias, layers[0].prefix)
-        memory_bias = None if memory_bias is None else _past_prefix(memory_bias, layers[0].cross_prefix)
+        source_bias = None if source_bias is None else _past_prefix(source_bias, layers[0].cross_prefix)
         x = self.dropout(x)
         for block, modules, cache in zip(self.blocks, layers, caches or [None] * len(layers), strict=True):
-            inputs = (x, bias, modules, memory, memory_bias, cache)
+            inputs = (x, bias, modules, sources, source_bias, cache)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -406,64 +450,87 @@ class T5(nn.Module):
         bias = self.encoder.relative_bias(length, length) + padding_bias(mask)  # [B, h, S, S]
         return self.encoder(self.shared(input_ids), bias, modules.encoder)
 
-    def decode(
-        self, decoder_input_ids: Tensor, memory: Tensor, memory_mask: Tensor, modules: Modules | None = None
-    ) -> Tensor:
-        """Decoder ids [B, T], encoder states [B, S, d] and their mask [B, S] -> logits [B, T, V]."""
+    def decode(self, decoder_input_ids: Tensor, sources: Sequence[Source], modules: Modules | None = None) -> Tensor:
+        """Decoder ids [B, T] and what they are to read -> states [B, T, d], after the final norm."""
         modules = modules or Modules.none(self.config)
         length = decoder_input_ids.shape[1]
-        future = torch.ones(length, length, device=memory.device).triu(1) * MASKED
+        future = torch.ones(length, length, device=decoder_input_ids.device).triu(1) * MASKED
         bias = self.decoder.relative_bias(length, length) + future  # [1, h, T, T]
         x = self.shared(decoder_input_ids)
-        return self.logits(self.decoder(x, bias, modules.decoder, memory, padding_bias(memory_mask)))
+        return self.decoder(x, bias, modules.decoder, sources, source_bias(sources))
 
     def logits(self, states: Tensor) -> Tensor:
-        """Decoder states [B, T, d] -> scores of the next token [B, T, V]."""
+        """Decoder states [..., d] -> scores of the next token [..., V]."""
         if self.config.scale_decoder_outputs:
             states = states * self.config.d_model**-0.5
-        return F.linear(states, self.shared.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(states, self.shared.weight) if self.lm_head is None else self.lm_head(states)
+
+    def loss(self, labels: Tensor, sources: Sequence[Source], modules: Modules | None = None) -> Loss:
+        """Loss of the answers `labels` [B, T], padded with -100, to what the decoder reads.
+
+        The head, the largest matrix of all, sees the states of real target tokens alone.
+        """
+        states, real = self.decode(shift_right(labels), sources, modules), labels != -100
+        return token_loss(self.logits(states[real]), labels[real])
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Input ids [B, S], decoder ids [B, T] (the labels shifted right) -> logits [B, T, V]."""
+        return self.logits(self.decode(decoder_input_ids, [self.read(input_ids, attention_mask)]))
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None, modules: Modules | None = None) -> Source:
+        """Input ids [B, S], encoded, as something for the decoder to read."""
         mask = padding_mask(input_ids) if attention_mask is None else attention_mask
-        return self.decode(decoder_input_ids, self.encode(input_ids, mask), mask)
+        return Source(self.encode(input_ids, mask, modules), mask)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 128) -> Tensor:
         """Greedy answers [B, <= max_new_tokens] without the start token; `</s>`, then padding at the end."""
-        mask = padding_mask(input_ids) if attention_mask is None else attention_mask
-        return self.decode_greedily(self.encode(input_ids, mask), mask, None, max_new_tokens)
+        return self.decode_greedily([self.read(input_ids, attention_mask)], None, max_new_tokens)
 
     @torch.no_grad()
-    def decode_greedily(
-        self, memory: Tensor, memory_mask: Tensor, modules: Modules | None, max_new_tokens: int
-    ) -> Tensor:
-        """The most probable next token, again and again, until every row has ended: [B, <= max_new_tokens]."""
-        modules = modules or Modules.none(self.config)
-        caches = self._caches(memory, modules, max_new_tokens)
-        memory_bias = padding_bias(memory_mask)
-        token = torch.full((len(memory), 1), START, device=memory.device)
-        ended = torch.zeros_like(token, dtype=torch.bool)
-        answer = [token[:, :0]]
-        for position in range(max_new_tokens):
-            bias = self.decoder.relative_bias(1, position + 1, first_query=position)
-            states = self.decoder(self.shared(token), bias, modules.decoder, None, memory_bias, caches)
-            token = self.logits(states).argmax(-1).masked_fill(ended, PAD)  # [B, 1]
-            answer.append(token)
-            ended = ended | (token == EOS)
-            if ended.all():
-                break
-        return torch.cat(answer, dim=1)
+    def decode_greedily(self, sources: Sequence[Source], modules: Modules | None, max_new_tokens: int) -> Tensor:
+        """The most probable next token, again and again, until every row has ended: [B, <= max_new_tokens].
 
-    def _caches(self, memory: Tensor, modules: Modules, max_new_tokens: int) -> list[LayerCache]:
-        """One cache a layer. Keys and values of the source are computed here, once for the whole answer."""
-        caches = []
-        for block, layer in zip(self.decoder.blocks, modules.decoder):
-            source = block.project_memory(memory, layer)
-            batch, heads, _, width = source.key.shape
+        When half of the rows have ended, the others go on alone.
+        """
+        layers = (modules or Modules.none(self.config)).decoder
+        caches = self._caches(sources, layers, max_new_tokens)
+        bias = source_bias(sources)
+        self_bias = self.decoder.relative_bias(1, max_new_tokens, first_query=max_new_tokens - 1)  # of the last query
+        going = torch.arange(max(len(source.states) for source in sources), device=bias.device)  # rows, B at first
+        answer = torch.full((len(going), max_new_tokens), PAD, device=bias.device)
+        token = torch.full((len(going), 1), START, device=bias.device)
+        ended = torch.zeros(len(going), dtype=torch.bool, device=bias.device)
+        for position in range(max_new_tokens):
+            # The bias depends on distance alone, so each query finds its own at the end of that of the last.
+            distances = self_bias[..., max_new_tokens - 1 - position :]
+            states = self.decoder(self.shared(token), distances, layers, (), bias, caches)
+            token = self.logits(states).argmax(-1).masked_fill(ended[:, None], PAD)  # [B, 1]
+            answer[going, position] = token[:, 0]
+            ended = ended | (token[:, 0] == EOS)
+            count = int(ended.sum())
+            if count == len(ended):
+                return answer[:, : position + 1]
+            if 2 * count >= len(ended):
+                rows = (~ended).nonzero()[:, 0]
+                going, token, ended = going[rows], token[rows], ended[rows]
+                bias, layers = select_rows((bias, layers), rows)
+                for cache in caches:
+                    cache.keep(rows)
+        return answer
+
+    def _caches(
+        self, sources: Sequence[Source], layers: tuple[LayerModules, ...], max_new_tokens: int
+    ) -> list[LayerCache]:
+        """One cache a layer. Keys and values of the sources are computed here, once for the whole answer."""
+        caches, batch = [], max(len(source.states) for source in sources)
+        for block, layer in zip(self.decoder.blocks, layers):
+            # Contiguous, because they are read again in every step.
+            parts = [KeyValue(*(x.contiguous() for x in part)) for part in block.project_sources(sources, layer)]
+            _, heads, _, width = parts[0].key.shape
             room = max_new_tokens + (0 if layer.prefix is None else layer.prefix.key.shape[2])
-            own = KeyValue(*(source.key.new_empty(batch, heads, room, width) for _ in range(2)))
-            caches.append(LayerCache(own, layer.prefix, source))
+            own = KeyValue(*(parts[0].key.new_empty(batch, heads, room, width) for _ in range(2)))
+            caches.append(LayerCache(own, layer.prefix, parts))
         return caches
 
     def set_gradient_checkpointing(self, on: bool) -> None:
@@ -498,6 +565,12 @@ class T5(nn.Module):
         save_folder(folder, {**kind, **asdict(self.config), **(notes or {})}, tensors, metadata or {})
 
 
+def source_bias(sources: Sequence[Source]) -> Tensor:
+    """Scores to add for all sources together, [B or 1, 1, 1, S]: padding is not seen."""
+    batch = max(len(source.attention_mask) for source in sources)
+    return padding_bias(torch.cat([source.attention_mask.expand(batch, -1) for source in sources], dim=1))
+
+
 def padding_mask(ids: Tensor) -> Tensor:
     """One where there is a token, zero where there is padding, for ids [B, S]."""
     return (ids != PAD).long()
@@ -514,17 +587,16 @@ class Loss(NamedTuple):
     loss: Tensor  # mean cross-entropy of a target token, in nats
     cross_entropy: Tensor  # its sum
     z_loss: Tensor  # sum of (log Z)^2, which keeps the logits from drifting
-    tokens: Tensor  # how many target tokens there are
+    tokens: int  # how many target tokens there are
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Loss:
-    """Loss of logits [B, T, V] against labels [B, T], where -100 is padding; in fp32."""
-    seen = labels != -100
-    logits = logits[seen].float()  # [tokens, V]
+    """Loss of logits [N, V] against the labels [N] of N real tokens; in fp32."""
+    logits = logits.float()
     log_z = logits.logsumexp(-1)
-    chosen = logits.gather(-1, labels[seen].unsqueeze(-1)).squeeze(-1)
-    cross_entropy, tokens = (log_z - chosen).sum(), seen.sum()
-    return Loss(cross_entropy / tokens.clamp(min=1), cross_entropy, log_z.square().sum(), tokens)
+    chosen = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    cross_entropy = (log_z - chosen).sum()
+    return Loss(cross_entropy / max(len(labels), 1), cross_entropy, log_z.square().sum(), len(labels))
 
 
 # ------------------------------------------------------------------------ reading and writing checkpoints

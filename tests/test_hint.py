@@ -8,13 +8,13 @@ import torch
 from conftest import random_ids, tiny_config, tiny_hint, tiny_t5
 
 import t5
-from hint import HINT, EncodedTask, HINTConfig, PlainT5, _map, load_model
+from hint import HINT, EncodedTask, HINTConfig, PlainT5, load_model
 from t5 import T5, CheckpointError
 
 
 def tensors_of(tree) -> list[torch.Tensor]:
     found = []
-    _map(lambda tensor: found.append(tensor), tree)
+    t5.map_tensors(lambda tensor: found.append(tensor), tree)
     return found
 
 
@@ -60,8 +60,8 @@ def test_generation_says_what_the_training_pass_would_say_next():
     model = never_ending(tiny_hint())
     task, inputs = model.encode_instruction(random_ids(3, 7)), random_ids(3, 9)
     answers = model.generate(task, inputs, max_new_tokens=12)
-    memory, mask = model._fuse(task, inputs, t5.padding_mask(inputs))
-    assert torch.equal(model.t5.decode(t5.shift_right(answers), memory, mask, task.modules).argmax(-1), answers)
+    states = model.t5.decode(t5.shift_right(answers), model._fuse(task, inputs), task.modules)
+    assert torch.equal(model.t5.logits(states).argmax(-1), answers)
 
 
 def test_answers_are_ordinary_tensors():
@@ -125,8 +125,7 @@ def test_modules_and_fused_states_each_carry_the_instruction(kept):
     inputs, labels = random_ids(3, 9), random_ids(3, 6)
 
     def logits(task):
-        memory, mask = model._fuse(task, inputs, torch.ones_like(inputs))
-        return model.t5.decode(t5.shift_right(labels), memory, mask, task.modules)
+        return model.t5.logits(model.t5.decode(t5.shift_right(labels), model._fuse(task, inputs), task.modules))
 
     mixed = logits(other._replace(**{kept: getattr(one, kept)}))
     assert (mixed - logits(one)).abs().max() > 1e-3 and (mixed - logits(other)).abs().max() > 1e-3
@@ -136,10 +135,17 @@ def test_the_decoder_reads_instruction_and_input_states_side_by_side():
     model = tiny_hint()
     task, inputs = model.encode_instruction(random_ids(1, 7)), random_ids(3, 9)
     inputs[0, 6:] = 0
-    memory, mask = model._fuse(task, inputs, t5.padding_mask(inputs))
-    assert memory.shape == (3, 16, 24) and mask.tolist()[0] == [1] * 13 + [0] * 3
-    assert torch.equal(memory[1, :7], task.states[0])
-    assert torch.equal(memory[:, 7:], model.t5.encode(inputs, None, task.modules))
+    instruction, read = model._fuse(task, inputs)
+    assert torch.equal(instruction.states, task.states) and instruction.attention_mask.tolist() == [[1] * 7]
+    assert torch.equal(read.states, model.t5.encode(inputs, None, task.modules))
+    bias = t5.source_bias([instruction, read])
+    assert bias.shape == (3, 1, 1, 16) and (bias[0, 0, 0] == 0).tolist() == [True] * 13 + [False] * 3
+    concatenated = t5.Source(
+        torch.cat([task.states.expand(3, -1, -1), read.states], dim=1), (bias[:, 0, 0] == 0).long()
+    )
+    answers = random_ids(3, 6)
+    found = model.t5.decode(answers, [instruction, read], task.modules)
+    torch.testing.assert_close(found, model.t5.decode(answers, [concatenated], task.modules), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

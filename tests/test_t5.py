@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import t5
-from hint import _map
 from t5 import T5, CheckpointError, Modules, T5Config, relative_position_bucket, shift_right, token_loss
 
 FAMILIES = {  # as the hub has them
@@ -133,19 +132,47 @@ def test_rows_that_end_early_are_padded_as_transformers_pads_them(tmp_path):
     assert torch.equal(T5.from_pretrained(tmp_path).generate(source, max_new_tokens=20), wanted)
 
 
-def test_generation_stops_when_every_row_has_ended():
-    """With the choice of tokens taken from a script: the second row ends two steps after the first."""
+def test_generation_stops_when_every_row_has_ended_and_goes_on_without_most_of_those_that_have():
+    """With the choice of tokens taken from a script, in which the rows end one after the other."""
     model, steps = tiny_t5(), []
-    script = [[7, 8], [t5.EOS, 9], [5, 6], [5, t5.EOS], [5, 6]]
+    end = t5.EOS
+    script = [[7, 8, 9], [end, 9, 6], [5, end, 5], [8], [end], [5]]
 
     def scripted(states):
         steps.append(states.shape)
         return torch.nn.functional.one_hot(torch.tensor(script[len(steps) - 1]), 53).unsqueeze(1).float()
 
     model.logits = scripted
-    found = model.generate(random_ids(2, 5), max_new_tokens=5)
-    assert found.tolist() == [[7, t5.EOS, t5.PAD, t5.PAD], [8, 9, 6, t5.EOS]]
-    assert steps == [(2, 1, 24)] * 4, "a token a step, and none after the last row has ended"
+    found = model.generate(random_ids(3, 5), max_new_tokens=9)
+    assert found.tolist() == [[7, end, 0, 0, 0], [8, 9, end, 0, 0], [9, 6, 5, 8, end]]
+    assert steps == [(3, 1, 24)] * 3 + [(1, 1, 24)] * 2, "a token a step, and none after the last row has ended"
+
+
+@pytest.mark.parametrize("tasks", [1, 6])
+def test_rows_that_go_on_without_the_others_answer_as_they_do_alone(tasks):
+    """Row i is made to end after 3 + 2 i tokens, with padding and with modules that all rows share or of each row."""
+    model, modules = tiny_t5(), random_modules(tiny_config(), tasks)
+    model.lm_head.weight.data[t5.EOS] = 0
+    source = random_ids(6, 9)
+    source[::2, 5:] = 0
+    alone = []
+    for row in range(6):
+        its_own = t5.map_tensors(lambda tensor: tensor[row : row + 1] if tasks > 1 else tensor, modules)
+        alone.append(model.decode_greedily([model.read(source[row : row + 1], None, its_own)], its_own, 14)[0])
+    logits, going = model.logits, []
+
+    def ending(states):
+        position, rows = len(going), torch.arange(6 - len(states), 6)  # the first rows are the first to end
+        going.append(len(rows))
+        return logits(states).index_put((torch.where(position == 3 + 2 * rows)[0],), logits(states)[0] + 99 * end)
+
+    end = torch.nn.functional.one_hot(torch.tensor([t5.EOS]), 53).float()
+    model.logits = ending
+    found = model.decode_greedily([model.read(source, None, modules)], modules, 14)
+    for row in range(6):
+        length = 3 + 2 * row
+        assert found[row].tolist() == [*alone[row][:length].tolist(), t5.EOS, *[0] * (10 - 2 * row)]
+    assert going == [6] * 8 + [3] * 4 + [1] * 2
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -173,15 +200,16 @@ def test_a_saved_t5_is_read_by_transformers_and_by_us(tmp_path):
 
 
 def test_loss_is_the_cross_entropy_over_real_targets():
-    logits, labels = torch.randn(3, 5, 11), torch.randint(0, 11, (3, 5))
+    model, source, labels = tiny_t5(), random_ids(3, 9), random_ids(3, 5)
     labels[1, 3:] = -100
-    found = token_loss(logits, labels)
+    found = model.loss(labels, [model.read(source)])
+    logits = model(source, shift_right(labels))
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     torch.testing.assert_close(found.loss, wanted)
     torch.testing.assert_close(found.cross_entropy / 13, wanted)
     torch.testing.assert_close(found.z_loss, sum(logits[labels != -100].logsumexp(-1) ** 2))
     assert found.tokens == 13
-    assert token_loss(logits, torch.full_like(labels, -100)).loss == 0
+    assert model.loss(torch.full_like(labels, -100), [model.read(source)]).loss == 0
     assert shift_right(labels)[1].tolist() == [0, *labels[1, :3].tolist(), 0]
 
 
@@ -196,7 +224,7 @@ def test_a_prefix_is_seen_by_every_query_with_no_bias_and_shifts_no_position():
     prefix = random_modules(config, 1).encoder[0].prefix
     bias = model.encoder.relative_bias(6, 6)
     attention = block.self_attention
-    found = attention(x, attention.project(x).after(prefix), t5._past_prefix(bias, prefix))
+    found = attention(x, [attention.project(x).after(prefix)], t5._past_prefix(bias, prefix))
 
     queries, keys, values = attention.q(x)[0], attention.k(x)[0], attention.v(x)[0]
     rows = []
@@ -221,11 +249,11 @@ def test_blocks_are_given_the_bias_of_unshifted_positions_behind_zeros(stack):
     ids[1, 6:] = 0
     given = {}
     getattr(model, stack).blocks[0].register_forward_pre_hook(lambda _, inputs: given.update(bias=inputs[1]))
-    memory = model.encode(ids, None, modules)
+    source = model.read(ids, None, modules)
     if stack == "encoder":
         wanted = model.encoder.relative_bias(9, 9) + t5.padding_bias(t5.padding_mask(ids))
     else:
-        model.decode(ids, memory, t5.padding_mask(ids), modules)
+        model.decode(ids, [source], modules)
         wanted = model.decoder.relative_bias(9, 9) + torch.ones(9, 9).triu(1) * t5.MASKED
     zeros = torch.zeros(*wanted.shape[:3], 4)
     assert torch.equal(given["bias"], torch.cat([zeros, wanted], dim=-1))
@@ -266,15 +294,12 @@ def test_an_adapter_stands_outside_the_dropout_of_its_layer():
 
 def test_zero_adapters_and_no_prefix_are_plain_t5():
     model = tiny_t5()
-    zero = _map(torch.zeros_like, random_modules(model.config, 2))
+    zero = t5.map_tensors(torch.zeros_like, random_modules(model.config, 2))
     zero = Modules(*(tuple(layer._replace(prefix=None, cross_prefix=None) for layer in stack) for stack in zero))
     source, target = random_ids(2, 9), random_ids(2, 6)
-    mask = torch.ones_like(source)
-    found = model.decode(target, model.encode(source, mask, zero), mask, zero)
+    found = model.logits(model.decode(target, [model.read(source, None, zero)], zero))
     assert torch.equal(found, model(source, target))
-    assert torch.equal(
-        model.decode_greedily(model.encode(source), mask, zero, 9), model.generate(source, max_new_tokens=9)
-    )
+    assert torch.equal(model.decode_greedily([model.read(source)], zero, 9), model.generate(source, max_new_tokens=9))
 
 
 PARTS = [
@@ -296,8 +321,7 @@ def test_each_kind_of_module_changes_the_result_in_each_stack(stack, part):
     )
     modules = none._replace(**{stack: only})
     source, target = random_ids(2, 9), random_ids(2, 6)
-    mask = torch.ones_like(source)
-    found = model.decode(target, model.encode(source, mask, modules), mask, modules)
+    found = model.logits(model.decode(target, [model.read(source, None, modules)], modules))
     assert (found - model(source, target)).abs().amax(dim=(1, 2)).min() > 1e-3
 
 
@@ -308,12 +332,11 @@ def test_cached_decoding_equals_uncached_decoding_with_modules_and_padding():
     modules = random_modules(model.config, 3)
     source = random_ids(3, 9)
     source[1, 5:] = 0
-    mask = (source != 0).long()
-    memory = model.encode(source, mask, modules)
-    found = model.decode_greedily(memory, mask, modules, 140)
+    sources = [model.read(source, None, modules)]
+    found = model.decode_greedily(sources, modules, 140)
     assert found.shape == (3, 140) and len(found.unique()) > 5
     with torch.inference_mode():
-        again = model.decode(shift_right(found), memory, mask, modules).argmax(-1)
+        again = model.logits(model.decode(shift_right(found), sources, modules)).argmax(-1)
     assert torch.equal(found, again)
 
 
@@ -358,9 +381,8 @@ def test_gradient_checkpointing_gives_the_same_gradient_with_dropout_and_modules
 
         for stack in (model.encoder, model.decoder):
             stack.blocks[0].feed_forward.register_forward_hook(count)
-        mask = torch.ones_like(source)
         torch.manual_seed(2)
-        token_loss(model.decode(target, model.encode(source, mask, modules), mask, modules), target).loss.backward()
+        model.loss(target, [model.read(source, None, modules)], modules).loss.backward()
         gradients.append([prefix.grad, *(parameter.grad for parameter in model.parameters())])
         assert passes == {"encoder": 1 + on, "decoder": 1 + on}, "each block is computed again in the backward pass"
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -412,7 +434,7 @@ def test_norm_and_loss_are_taken_in_fp32_under_bf16():
     x = torch.randn(2, 3, 24) * 100
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     assert (t5.RMSNorm(24, 1e-6)(x.bfloat16()).double() - exact).abs().max() < 0.02
-    logits, labels = torch.randn(2, 4, 5000).bfloat16(), torch.randint(0, 5000, (2, 4))
+    logits, labels = torch.randn(8, 5000).bfloat16(), torch.randint(0, 5000, (8,))
     found = token_loss(logits, labels)
     assert found.loss.dtype == torch.float32
     torch.testing.assert_close(found.loss, token_loss(logits.float(), labels).loss, atol=1e-4, rtol=0)
