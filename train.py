@@ -64,6 +64,7 @@ from t5 import (
     CheckpointError,
     T5Config,
     first_line,
+    packed_weights,
     read_config,
     read_json,
     read_metadata,
@@ -424,16 +425,18 @@ class Answerer:
     def predictions(self, tasks: Iterable[Task]) -> list[dict]:
         """One row for each instance: id, task, prediction, references."""
         rows = []
-        for task in tqdm(tasks, desc="answering", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False):
-            for instance, answer in zip(task.instances, self.answers(task)):
-                rows.append(
-                    {
-                        "id": instance.id,
-                        "task": task.name,
-                        "prediction": answer,
-                        "references": list(instance.references),
-                    }
-                )
+        self.model.to(self.device)
+        with self.context(), packed_weights(self.model, self.batch_size):
+            for task in tqdm(tasks, desc="answering", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False):
+                for instance, answer in zip(task.instances, self.answers(task)):
+                    rows.append(
+                        {
+                            "id": instance.id,
+                            "task": task.name,
+                            "prediction": answer,
+                            "references": list(instance.references),
+                        }
+                    )
         return rows
 
 

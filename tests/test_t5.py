@@ -175,6 +175,24 @@ def test_rows_that_go_on_without_the_others_answer_as_they_do_alone(tasks):
     assert going == [6] * 8 + [3] * 4 + [1] * 2
 
 
+def test_packed_weights_answer_alike_and_are_taken_away_again():
+    """On a machine whose torch has no oneDNN nothing is packed, and the answers are alike for that reason."""
+    model = tiny_t5()
+    model.lm_head.weight.data[t5.EOS] = 0
+    source = random_ids(5, 9)
+    plain, wanted = model.encode(source), model.generate(source, max_new_tokens=20)
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    with t5.packed_weights(model, rows=5), torch.no_grad():
+        packed = [name for name, module in model.named_modules() if isinstance(module, t5.PackedLinear)]
+        torch.testing.assert_close(model.encode(source), plain, atol=1e-5, rtol=0)
+        assert torch.equal(model.generate(source, max_new_tokens=20), wanted)
+        assert torch.equal(model.generate(source[:1], max_new_tokens=20), wanted[:1]), "any number of rows is answered"
+    assert packed == (linear if torch.backends.mkldnn.is_available() else [])
+    assert torch.equal(model.encode(source), plain)
+    with torch.autocast("cpu", torch.bfloat16), t5.packed_weights(model, rows=5):
+        assert not any(isinstance(module, t5.PackedLinear) for module in model.modules())
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_buckets_are_those_of_transformers_for_every_distance(bidirectional):
     distance = torch.arange(-3000, 3001)
