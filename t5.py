@@ -253,6 +253,39 @@ def padding_bias(attention_mask: Tensor) -> Tensor:
     return (attention_mask == 0)[:, None, None, :] * MASKED
 
 
+class Padded:
+    """A batch [B, S, n] as it is."""
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """What layers that act on each token alone are given."""
+        return x
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What attention and the modules of one example are given."""
+        return x
+
+
+class Unpadded(Padded):
+    """A batch without its padding: layers that act on each token alone, nearly all of the work, see real ones only."""
+
+    def __init__(self, mask: Tensor) -> None:
+        self.shape, self.places = mask.shape, mask.flatten().nonzero()[:, 0]  # [N], of the real tokens
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [N, ...]"""
+        return x.flatten(0, 1).index_select(0, self.places)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[N, n] -> [B, S, n], zero where there is padding."""
+        zeros = x.new_zeros(self.shape.numel(), x.shape[-1])
+        return zeros.index_copy(0, self.places, x).unflatten(0, self.shape)
+
+
+def layout_of(mask: Tensor) -> Padded:
+    """How to hold a batch whose real tokens are where the mask [B, S] is not zero."""
+    return Padded() if mask.all() else Unpadded(mask)
+
+
 def attend(
     query: Tensor, parts: Sequence[KeyValue], bias: Tensor, dropout: Callable[[Tensor], Tensor] = nn.Identity()
 ) -> Tensor:
@@ -296,14 +329,14 @@ class Attention(nn.Module):
         """[B, S, I] -> [B, h, S, k]"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def project(self, states: Tensor) -> KeyValue:
-        """Keys and values of the states [B, S, d]."""
-        return KeyValue(self.split(self.k(states)), self.split(self.v(states)))
+    def project(self, states: Tensor, layout: Padded = Padded()) -> KeyValue:
+        """Keys and values of the states [B, S, d], or [N, d] of the real tokens alone."""
+        return KeyValue(self.split(layout.rows(self.k(states))), self.split(layout.rows(self.v(states))))
 
-    def forward(self, x: Tensor, parts: Sequence[KeyValue], bias: Tensor) -> Tensor:
-        """x [B, T, d] asks, keys and values answer -> [B, T, d]"""
-        mixed = attend(self.split(self.q(x)), parts, bias, self.dropout)  # [B, h, T, k]
-        return self.o(mixed.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, parts: Sequence[KeyValue], bias: Tensor, layout: Padded = Padded()) -> Tensor:
+        """x [B, T, d] asks, keys and values answer -> [B, T, d]; or [N, d] each"""
+        mixed = attend(self.split(layout.rows(self.q(x))), parts, bias, self.dropout)  # [B, h, T, k]
+        return self.o(layout.tokens(mixed.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):
@@ -359,20 +392,20 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(
-        self, x: Tensor, bias: Tensor, modules: LayerModules,
+        self, x: Tensor, bias: Tensor, modules: LayerModules, layout: Padded = Padded(),
         sources: Sequence[Source] = (), source_bias: Tensor | None = None, cache: LayerCache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [B, T, d] -> [B, T, d]. A decoder layer also reads the sources, or the cache that was made of them."""
+        """x [B, T, d] or [N, d] -> the same. A decoder layer also reads the sources, or the cache made of them."""
         u = self.self_attention_norm(x)
-        own = self.self_attention.project(u)
+        own = self.self_attention.project(u, layout)
         own = cache.extend(own) if cache else own.after(modules.prefix)
-        x = x + self.dropout(self.self_attention(u, [own], bias))
+        x = x + self.dropout(self.self_attention(u, [own], bias, layout))
         if source_bias is not None:
             parts = cache.sources if cache else self.project_sources(sources, modules)
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), parts, source_bias))
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), parts, source_bias, layout))
         u = self.feed_forward_norm(x)
         x = x + self.dropout(self.feed_forward(u))
-        return x if modules.adapter is None else x + modules.adapter(u)
+        return x if modules.adapter is None else x + layout.tokens(modules.adapter(layout.rows(u)))
 
     def project_sources(self, sources: Sequence[Source], modules: LayerModules) -> list[KeyValue]:
         """The keys and values that the cross-attention reads: of the prefix, [B or 1, h, P, k], and of each source."""
@@ -393,15 +426,15 @@ class Stack(nn.Module):
         self.gradient_checkpointing = False  # recompute a block in the backward pass instead of keeping its insides
 
     def forward(
-        self, x: Tensor, bias: Tensor, layers: tuple[LayerModules, ...],
+        self, x: Tensor, bias: Tensor, layers: tuple[LayerModules, ...], layout: Padded = Padded(),
         sources: Sequence[Source] = (), source_bias: Tensor | None = None, caches: Iterable[LayerCache] | None = None,
     ) -> Tensor:  # fmt: skip
-        """Embeddings [B, S, d] -> states [B, S, d]; `bias` and `source_bias` are for real tokens alone."""
+        """Embeddings [B, S, d] or [N, d] -> states; `bias` and `source_bias` know nothing of prefixes."""
         bias = _past_prefix(bias, layers[0].prefix)
         source_bias = None if source_bias is None else _past_prefix(source_bias, layers[0].cross_prefix)
         x = self.dropout(x)
         for block, modules, cache in zip(self.blocks, layers, caches or [None] * len(layers), strict=True):
-            inputs = (x, bias, modules, sources, source_bias, cache)
+            inputs = (x, bias, modules, layout, sources, source_bias, cache)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
@@ -448,16 +481,20 @@ class T5(nn.Module):
         modules = modules or Modules.none(self.config)
         length = input_ids.shape[1]
         bias = self.encoder.relative_bias(length, length) + padding_bias(mask)  # [B, h, S, S]
-        return self.encoder(self.shared(input_ids), bias, modules.encoder)
+        layout = layout_of(mask)
+        return layout.rows(self.encoder(self.shared(layout.tokens(input_ids)), bias, modules.encoder, layout))
 
-    def decode(self, decoder_input_ids: Tensor, sources: Sequence[Source], modules: Modules | None = None) -> Tensor:
-        """Decoder ids [B, T] and what they are to read -> states [B, T, d], after the final norm."""
+    def decode(
+        self, decoder_input_ids: Tensor, sources: Sequence[Source], modules: Modules | None = None,
+        layout: Padded = Padded(),
+    ) -> Tensor:  # fmt: skip
+        """Decoder ids [B, T] and what they are to read -> states [B, T, d] or [N, d], after the final norm."""
         modules = modules or Modules.none(self.config)
         length = decoder_input_ids.shape[1]
         future = torch.ones(length, length, device=decoder_input_ids.device).triu(1) * MASKED
         bias = self.decoder.relative_bias(length, length) + future  # [1, h, T, T]
-        x = self.shared(decoder_input_ids)
-        return self.decoder(x, bias, modules.decoder, sources, source_bias(sources))
+        x = self.shared(layout.tokens(decoder_input_ids))
+        return self.decoder(x, bias, modules.decoder, layout, sources, source_bias(sources))
 
     def logits(self, states: Tensor) -> Tensor:
         """Decoder states [..., d] -> scores of the next token [..., V]."""
@@ -470,8 +507,10 @@ class T5(nn.Module):
 
         The head, the largest matrix of all, sees the states of real target tokens alone.
         """
-        states, real = self.decode(shift_right(labels), sources, modules), labels != -100
-        return token_loss(self.logits(states[real]), labels[real])
+        read = (labels != -100).flip(1).cumsum(1).flip(1)  # up to the last label of each row
+        layout = layout_of(read)
+        states, labels = self.decode(shift_right(labels), sources, modules, layout), layout.tokens(labels)
+        return token_loss(self.logits(states[labels != -100]), labels[labels != -100])
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Input ids [B, S], decoder ids [B, T] (the labels shifted right) -> logits [B, T, V]."""
@@ -504,7 +543,7 @@ class T5(nn.Module):
         for position in range(max_new_tokens):
             # The bias depends on distance alone, so each query finds its own at the end of that of the last.
             distances = self_bias[..., max_new_tokens - 1 - position :]
-            states = self.decoder(self.shared(token), distances, layers, (), bias, caches)
+            states = self.decoder(self.shared(token), distances, layers, sources=(), source_bias=bias, caches=caches)
             token = self.logits(states).argmax(-1).masked_fill(ended[:, None], PAD)  # [B, 1]
             answer[going, position] = token[:, 0]
             ended = ended | (token[:, 0] == EOS)

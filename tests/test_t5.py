@@ -383,6 +383,29 @@ def test_padding_changes_nothing_and_a_mask_means_what_padding_means():
     torch.testing.assert_close(model(source, longer)[:, :6], wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_leaving_out_padding_changes_neither_loss_nor_gradient(monkeypatch, checkpointing):
+    """With modules in every layer, and with a label missing in the middle of an answer, which is still read there."""
+    model, modules = tiny_t5(), random_modules(tiny_config(), 3)
+    model.set_gradient_checkpointing(checkpointing)
+    inputs, labels = random_ids(3, 9), random_ids(3, 6)
+    inputs[0, 5:], inputs[1, 2:], labels[0, 2:], labels[2, 3:], labels[1, 3] = 0, 0, -100, -100, -100
+    seen, results = [], []
+    for stack in (model.encoder, model.decoder):
+        stack.blocks[1].feed_forward.register_forward_pre_hook(
+            lambda _, given: seen.append(given[0].shape[:-1].numel())
+        )
+    for layout in (t5.layout_of, lambda mask: t5.Padded()):
+        monkeypatch.setattr(t5, "layout_of", layout)
+        model.zero_grad()
+        loss = model.loss(labels, [model.read(inputs, None, modules)], modules).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert seen[:2] == [16, 11] and seen[-2:] == ([18, 27] if checkpointing else [27, 18])
+    for unpadded, padded in zip(*results, strict=True):
+        torch.testing.assert_close(unpadded, padded, atol=2e-5, rtol=1e-4)
+
+
 def test_gradient_checkpointing_gives_the_same_gradient_with_dropout_and_modules():
     gradients = []
     for on in (False, True):
