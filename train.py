@@ -6,6 +6,8 @@
     python train.py evaluate ...    score a model on tasks that it has not seen
     python train.py predict ...     answer inputs of one's own
 
+    torchrun --nproc-per-node 8 -- train.py ...    pretrain, finetune or evaluate on eight GPUs
+
 Training writes the model, `config.json` and `log.jsonl` into a folder of its own, `--out`; an evaluation writes
 `metrics.json` and `predictions.jsonl`.
 """
@@ -19,16 +21,22 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
@@ -114,6 +122,9 @@ class Recipe:
     gradient_checkpointing: bool = option(
         False, "recompute each layer in the backward pass: more time, much less memory"
     )
+    shard: bool = option(
+        False, "under torchrun: spread weights and gradients over the processes, where a GPU cannot hold all of them"
+    )
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(200, "steps between checkpoints, each in place of the last")
     eval_every: int = option(0, "steps between evaluations during training; 0: only at the end")
@@ -155,11 +166,120 @@ NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")
 SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": NoInstructFormat}
 
 
+# --------------------------------------------------------------------------------------------- several processes
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """What is done in it is done by all processes that torchrun started, of which the first alone prints.
+
+    Without torchrun, nothing is changed. Those that wait for another, which writes a checkpoint or has longer answers
+    to give, do so for an hour at most; one that fails is noticed by torchrun, which ends the others.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    gpus, place = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    try:
+        if gpus and place >= gpus:
+            sys.exit(f"train.py: a process needs a GPU of its own; --nproc-per-node can be at most {gpus}")
+        if gpus:
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(hours=1))
+        with redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):
+            yield
+        dist.destroy_process_group()
+    except SystemExit as end:
+        if isinstance(end.code, str) and not first_to_fail():
+            end.code = 1
+        raise
+
+
+def rank() -> int:
+    """The place of this process among those of torchrun; the first, 0, is the one that writes, and the only one
+    without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_all(value) -> list:
+    """The values of all processes, in order, which each of them is given."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has asked this before: most errors meet all of them, and one sentence is enough."""
+    if not dist.is_torchelastic_launched():
+        return True
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return store.add("train.py has failed", 1) == 1
+
+
+def spread(model: nn.Module, shard: bool, device: torch.device) -> nn.Module:
+    """The model as all processes train it: each has all of it, or (`shard`) a part of each of its weights."""
+    if not dist.is_initialized():
+        if shard:
+            raise RunError("--shard: spreads a model over the processes of torchrun, and this is the only one")
+        return model.to(device)
+    if not shard:
+        return DistributedDataParallel(model.to(device))
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into what is returned
+    generator = [model.hypernetwork] if isinstance(model, HINT) else []
+    for part in (*model.t5.encoder.blocks, *model.t5.decoder.blocks, *generator):
+        fully_shard(part)
+    return fully_shard(model)
+
+
+def whole(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
+    """The model itself, or, of one whose weights are spread over the processes, a copy that is not.
+
+    All processes must call it. With the device "meta" one gets no weights, and needs no memory for them.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    weights = {name: part.full_tensor().detach().to(device) for name, part in model.named_parameters()}
+    with torch.device("meta"):
+        t5 = T5(model.t5.config)
+        copy = HINT(t5, model.config) if isinstance(model, HINT) else PlainT5(t5)
+    copy.load_state_dict(weights, assign=True)
+    return copy
+
+
+class ShardedAdafactor(torch.optim.Adafactor):
+    """Adafactor for weights that are spread over the processes, at which that of PyTorch stops with an error.
+
+    Its row, column and RMS statistics are those of whole matrices. So each matrix is put together in all processes,
+    takes the step that it would take in one, and is spread again: one at a time, once a batch. The state, which is
+    small, is that of an Adafactor without processes.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step with the gradients that are there."""
+        for group in self.param_groups:
+            for part in group["params"]:
+                matrix = part.full_tensor()
+                matrix.grad = part.grad.full_tensor()
+                alone = torch.optim.Adafactor([{**group, "params": [matrix]}])
+                alone.state[matrix] = self.state[part]
+                alone.step()
+                matrix = DTensor.from_local(matrix, part.device_mesh, [Replicate()], run_check=False)
+                part.copy_(matrix.redistribute(placements=part.placements))
+
+
 # --------------------------------------------------------------------------------------------- a run and its folder
 
 
 MAY_CHANGE = (  # when a run goes on: its length, and what leaves the gradient as it is, but for the draws of dropout
-    "steps", "microbatch", "gradient_checkpointing", "log_every", "save_every", "eval_every", "eval_batch_size",
+    "steps", "microbatch", "gradient_checkpointing", "shard",
+    "log_every", "save_every", "eval_every", "eval_batch_size",
 )  # fmt: skip
 
 
@@ -177,7 +297,10 @@ class Run:
         self.step = int(step) if step.isdecimal() else 0  # of the last checkpoint
 
     def begin(self) -> None:
-        """Make the folder, now that all that the run needs has been read."""
+        """Make the folder, now that all that the run needs has been read, by all processes."""
+        from_all("ready")
+        if rank() > 0:
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         self._forget_log_behind(self.step)
         if self.step == 0:
@@ -205,21 +328,26 @@ class Run:
 
     def log(self, **entry) -> None:
         """One more line of `log.jsonl`."""
+        if rank() > 0:
+            return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, source, meter: Meter) -> None:
         """A checkpoint: first the training state, then config and weights, which name the step whose state is theirs.
 
-        Each file is written beside and renamed, so at any moment the folder holds one whole checkpoint.
+        Each file is written beside and renamed, so at any moment the folder holds one whole checkpoint. It is the same
+        whatever the number of processes, but for their random numbers: the first one writes, all must call.
         """
+        model = whole(model, "meta" if rank() else "cpu")
         state = {
             "optimizer": optimizer.state_dict(),
             "position": source.position,
             "losses": meter.losses,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "streams": from_all(random_state()),
         }
+        if rank() > 0:
+            return
         with replacing(self.out / f"training-{step}.pt") as file:
             torch.save(state, file)
         model.save_pretrained(self.out, notes={"run": self.settings}, metadata={"step": str(step)})
@@ -237,9 +365,7 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can raise anything
             raise RunError(f"{path}: cannot be read ({first_line(error)})") from None
-        if not isinstance(state, dict) or not {"optimizer", "position", "losses", "random", "random_cuda"} <= set(
-            state
-        ):
+        if not isinstance(state, dict) or not {"optimizer", "position", "losses", "streams"} <= set(state):
             raise RunError(f"{path}: is not the training state of a run")
         return state
 
@@ -253,7 +379,9 @@ def _step_of(line: str) -> float:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; of several processes the first one does."""
+    if rank() > 0:
+        return
     with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
@@ -266,12 +394,15 @@ def train(
     evaluate: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
     """The loop. `source` hands out examples; `evaluate(step)` is called where the recipe asks for it."""
-    device, context = device_and_precision(recipe.precision)
+    device, context = device_and_precision(recipe.precision, keep_casts=not recipe.shard)
+    trained = spread(model, recipe.shard, device)
     run.begin()
     write(run.out / "tokenizer.json", tokenizer.to_str())  # the folder must answer without any other
-    model.to(device).train()
+    model.train()
     model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
     optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
+    if rank() > 0:
+        torch.manual_seed(recipe.seed + rank())  # its own dropout; weights and data have been drawn
     if run.step:
         restore(optimizer, meter, run.state)
     bar = tqdm(
@@ -279,12 +410,13 @@ def train(
         initial=run.step,
         total=recipe.steps,
         mininterval=0.5 if sys.stderr.isatty() else 10,
+        disable=rank() > 0,
     )
     for step in bar:
         began = time.perf_counter()
         optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
         examples = source.take(recipe.batch_size)
-        loss = accumulate_gradient(model, examples, recipe.microbatch, device, context)
+        loss = accumulate_gradient(trained, examples, recipe.microbatch, device, context)
         if not math.isfinite(loss):
             raise RunError(f"the loss of step {step} is {loss}; the checkpoint of an earlier step is kept in {run.out}")
         optimizer.step()
@@ -308,9 +440,8 @@ def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     unused rows of an embedding; its default, 1e-7, is larger than the mean squared gradients of a large model.
     1e-18 is neither. PyTorch also keeps the rate below 1/sqrt(step), which bites above 0.03 in a thousand steps.
     """
-    return torch.optim.Adafactor(
-        model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0
-    )
+    kind = ShardedAdafactor if isinstance(model, FSDPModule) else torch.optim.Adafactor
+    return kind(model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -322,25 +453,48 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, device: torch.device, context) -> float:
-    """Gradient of the mean loss per target token of the *whole* batch, whatever the microbatch; returns that mean."""
+    """Gradient of the mean loss per target token of the *whole* batch, whatever the microbatch; returns that mean.
+
+    Of several processes each takes every world-th microbatch of the same batch. They add up their gradients in every
+    pass (`fully_shard`, which keeps no whole gradient) or in the last (DDP), so all must have as many passes: where
+    there is no microbatch left for a process, it repeats one that counts nothing.
+    """
     tokens = sum(len(example.target) for example in examples)
     total = torch.zeros((), device=device)  # read once, at the end: a GPU need not wait for Python between microbatches
-    for part in microbatches(examples, microbatch):
-        batch = to(device, collate(part))
-        with context():
-            out = model(*batch)
-        ((out.cross_entropy + Z_LOSS * out.z_loss) / tokens).backward()
-        total += out.cross_entropy.detach()
+    parts = microbatches(examples, microbatch)
+    for first in range(0, len(parts), world()):
+        mine = first + rank()
+        counts = mine < len(parts)
+        batch = to(device, collate(parts[mine if counts else first]))
+        alone = isinstance(model, DistributedDataParallel) and first + world() < len(parts)
+        with model.no_sync() if alone else nullcontext():
+            with context():
+                out = model(*batch)
+            loss = (out.cross_entropy + Z_LOSS * out.z_loss) / tokens
+            (loss * (world() * counts)).backward()  # the mean over the processes, which both take, becomes the sum
+        total += out.cross_entropy.detach() * counts
+    if world() > 1:
+        dist.all_reduce(total)
     return total.item() / tokens
 
 
 def restore(optimizer: torch.optim.Optimizer, meter: Meter, state: dict) -> None:
-    """Optimizer, losses not logged yet and random numbers as they were; weights and data have been read before."""
+    """Optimizer, losses not logged yet and random numbers as they were; weights and data have been read before.
+
+    A process that was not there at the checkpoint goes on with the random numbers that it begins with.
+    """
     optimizer.load_state_dict(state["optimizer"])
     meter.losses = state["losses"]
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
+    if rank() < len(state["streams"]):
+        of_cpu, of_gpu = state["streams"][rank()]
+        torch.set_rng_state(of_cpu)
+        if of_gpu is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(of_gpu)
+
+
+def random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where the random numbers of this process have come to, on the CPU and on its GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
 
 
 class Meter:
@@ -365,8 +519,11 @@ class Meter:
         return entry
 
 
-def device_and_precision(precision: str) -> tuple[torch.device, Callable]:
-    """The GPU where there is one, and the context that forward passes run in: fp32, or bf16 over fp32 weights."""
+def device_and_precision(precision: str, keep_casts: bool = True) -> tuple[torch.device, Callable]:
+    """The GPU where there is one, and the context that forward passes run in: fp32, or bf16 over fp32 weights.
+
+    Weights are cast to bf16 once a pass (`keep_casts`), or whenever they are used, so that they are not all there.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision == "fp16":
         raise RunError("--precision fp16: T5 overflows in fp16 (its feed-forward layers pass 65,504); use bf16 or fp32")
@@ -376,7 +533,7 @@ def device_and_precision(precision: str) -> tuple[torch.device, Callable]:
     if precision == "bf16" and not has_bf16:
         raise RunError("--precision bf16: this GPU has no bf16; use fp32")
     if precision == "bf16" or (precision == "auto" and device.type == "cuda" and has_bf16):
-        return device, lambda: torch.autocast(device.type, torch.bfloat16)
+        return device, lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=keep_casts)
     return device, nullcontext
 
 
@@ -423,21 +580,21 @@ class Answerer:
         return answers
 
     def predictions(self, tasks: Iterable[Task]) -> list[dict]:
-        """One row for each instance: id, task, prediction, references."""
-        rows = []
+        """One row for each instance: id, task, prediction, references. Processes share the tasks, and get all rows."""
+        tasks = list(tasks)
+        often = 0.5 if sys.stderr.isatty() else 10
+        bar = tqdm(tasks[rank() :: world()], "answering", mininterval=often, leave=False, disable=rank() > 0)
         self.model.to(self.device)
         with self.context(), packed_weights(self.model, self.batch_size):
-            for task in tqdm(tasks, desc="answering", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False):
-                for instance, answer in zip(task.instances, self.answers(task)):
-                    rows.append(
-                        {
-                            "id": instance.id,
-                            "task": task.name,
-                            "prediction": answer,
-                            "references": list(instance.references),
-                        }
-                    )
-        return rows
+            mine = [self._rows(task) for task in bar]
+        shares = from_all(mine)
+        return [row for place in range(len(tasks)) for row in shares[place % world()][place // world()]]
+
+    def _rows(self, task: Task) -> list[dict]:
+        return [
+            {"id": instance.id, "task": task.name, "prediction": answer, "references": list(instance.references)}
+            for instance, answer in zip(task.instances, self.answers(task))
+        ]
 
 
 def scores(rows: Sequence[dict]) -> dict[str, float]:
@@ -572,15 +729,18 @@ def finetune(arguments: argparse.Namespace) -> None:
     prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe)
     examples = encode_tasks(tasks["train"], prompts, recipe.max_target, recipe.seed)
     source = Shuffled(examples, recipe.seed, run.state["position"] or 0, recipe.group)
-    answerer = Answerer(model, prompts, recipe.max_target, arguments.eval_batch_size, recipe.precision)
+
+    def predictions() -> list[dict]:
+        answerer = Answerer(whole(model), prompts, recipe.max_target, arguments.eval_batch_size, recipe.precision)
+        return answerer.predictions(tasks["test"])
 
     def evaluate_at(step: int) -> None:
-        overall = scores(answerer.predictions(tasks["test"]))
+        overall = scores(predictions())
         run.log(step=step, **overall)
         tqdm.write(f"step {step}: exact match {overall['exact_match']:.1f}, ROUGE-L {overall['rougeL']:.1f}")
 
     train(model, tokenizer, source, recipe, run, evaluate_at)
-    report(by_task(answerer.predictions(tasks["test"])), run.out)
+    report(by_task(predictions()), run.out)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -721,7 +881,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, **settings)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if first_to_fail() else None)
 
 
 def parser() -> Parser:
@@ -832,11 +992,14 @@ def at_least(minimum: int) -> Callable[[str], int]:
     return number
 
 
+@processes()
 def main(words: Sequence[str] | None = None) -> None:
     """Run one command; what a user can mend ends in one sentence and exit status 1 (2 for the command line)."""
     words = sys.argv[1:] if words is None else words
     arguments = parser().parse_args(words or ["demo"])
     try:
+        if world() > 1 and arguments.function in (demo, predict):
+            raise RunError(f"{arguments.command}: is for one process; start it without torchrun")
         arguments.function(arguments)
     except (RunError, CheckpointError, DataError) as error:
         sys.exit(f"train.py: {error}")
