@@ -384,16 +384,22 @@ class Shuffled:
     `group` neighbours stay together. They are of one task, but for the ends of tasks that `group` does not divide.
     """
 
-    def __init__(self, examples: Sequence[Ids], seed: int, position: int = 0, group: int = 1) -> None:
+    def __init__(
+        self, examples: Sequence[Ids], seed: int, position: int = 0, group: int = 1, tasks: Sequence[Task] = ()
+    ) -> None:
         self.examples, self.seed, self.group = examples, seed, group
         self.position = position  # examples handed out so far: all that a resumed run must know
         self._epoch, self._order = -1, []
+        self._names = [task.name for task in tasks for _ in task.instances]
+        self.names: list[str] = []  # the tasks of the examples taken last
 
     def take(self, count: int) -> list[Ids]:
         """The next `count` examples."""
-        return [self._next() for _ in range(count)]
+        places = [self._next() for _ in range(count)]
+        self.names = [self._names[place] if self._names else f"example {place}" for place in places]
+        return [self.examples[place] for place in places]
 
-    def _next(self) -> Ids:
+    def _next(self) -> int:
         epoch, turn = divmod(self.position, len(self.examples))
         if epoch != self._epoch:
             size = len(self.examples)
@@ -401,7 +407,7 @@ class Shuffled:
             random.Random(f"{self.seed}/{epoch}").shuffle(groups)
             self._epoch, self._order = epoch, [place for group in groups for place in group]
         self.position += 1
-        return self.examples[self._order[turn]]
+        return self._order[turn]
 
 
 class PretrainingChunks:
@@ -428,16 +434,17 @@ class PretrainingChunks:
             if not path.is_file():
                 raise DataError(f"{path}: no such file")
         self.position = tuple(position)  # (groups of documents used up, segments handed out of the next group)
+        self.names: list[str] = []  # where the segments taken last come from
         stream = self._examples(*self.position)
         self._stream = chain([next(stream)], stream)  # a corpus that cannot be read is found before a run begins
 
     def take(self, count: int) -> list[Ids]:
         """The next `count` examples; after the last shard the first one follows again."""
-        examples = []
-        for _ in range(count):
-            self.position, example = next(self._stream)
-            examples.append(example)
-        return examples
+        positions, examples = zip(*islice(self._stream, count))
+        self.position = positions[-1]
+        size = self.documents
+        self.names = [f"documents {group * size + 1:,} to {group * size + size:,}" for group, _ in positions]
+        return list(examples)
 
     def _examples(self, group: int, segment: int) -> Iterator[tuple[tuple[int, int], Ids]]:
         texts = self._texts()

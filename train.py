@@ -15,11 +15,14 @@ Training writes the model, `config.json` and `log.jsonl` into a folder of its ow
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,6 +85,14 @@ from t5 import (
 
 class RunError(ValueError):
     """A run cannot start or go on; the message is one sentence for the user."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGINT (Ctrl-C) or SIGTERM, `number`, ended a command; the message says how far it came."""
+
+    def __init__(self, number: int, how: str = "stopped") -> None:
+        super().__init__(how)
+        self.number = number
 
 
 # --------------------------------------------------------------------------------------------- settings
@@ -290,7 +301,7 @@ class Run:
         self.out, self.settings = Path(out), settings
         if resume:
             self._check_same_settings()
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        elif self.out.exists() and not self._is_new():
             raise RunError(f"{out}: holds something already; name another --out, or go on with that run by --resume")
         weights = self.out / "model.safetensors"
         step = str(read_metadata(weights).get("step", 0)) if weights.is_file() else "0"
@@ -302,14 +313,25 @@ class Run:
         if rank() > 0:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        self._tidy(self.step)
         self._forget_log_behind(self.step)
         if self.step == 0:
             write(self.out / "config.json", json.dumps({"run": self.settings}, indent=2) + "\n")
 
+    def _is_new(self) -> bool:
+        """Whether the folder holds nothing, or what a kill left of the very first file."""
+        return self.out.is_dir() and all(path.name == "config.json.partial" for path in self.out.iterdir())
+
+    def _tidy(self, step: int) -> None:
+        """Remove training states that belong to no weights of `step`, and what a kill left half written."""
+        for path in (*self.out.glob("*.partial"), *self.out.glob("training-*.pt")):
+            if path.name != f"training-{step}.pt":
+                path.unlink()
+
     def _check_same_settings(self) -> None:
         """Only a run can be gone on with, and only with the options that it had, but for MAY_CHANGE."""
         path = self.out / "config.json"
-        if not self.out.exists() or not any(self.out.iterdir()):
+        if not self.out.exists() or self._is_new():
             return
         before = read_json(path).get("run") if path.is_file() else None
         if not isinstance(before, dict):
@@ -324,14 +346,16 @@ class Run:
         path = self.out / "log.jsonl"
         if path.is_file():
             lines = path.read_text("utf-8", "replace").splitlines(keepends=True)
-            write(path, "".join(line for line in lines if _step_of(line) <= step))
+            write(path, "".join(line for line in lines if _place_of(line) <= step))
 
     def log(self, **entry) -> None:
-        """One more line of `log.jsonl`."""
+        """One more line of `log.jsonl`, on disk before the checkpoint that counts on it."""
         if rank() > 0:
             return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, source, meter: Meter) -> None:
         """A checkpoint: first the training state, then config and weights, which name the step whose state is theirs.
@@ -347,13 +371,19 @@ class Run:
             "streams": from_all(random_state()),
         }
         if rank() > 0:
+            self.step = step
             return
+        file_content = io.BytesIO()  # a full disk under torch.save itself would be a RuntimeError about positions
+        torch.save(state, file_content)
         with replacing(self.out / f"training-{step}.pt") as file:
-            torch.save(state, file)
+            file.write(file_content.getbuffer())
         model.save_pretrained(self.out, notes={"run": self.settings}, metadata={"step": str(step)})
-        for path in self.out.glob("training-*.pt"):
-            if path.name != f"training-{step}.pt":
-                path.unlink()
+        self.step = step
+        self._tidy(step)
+
+    def kept(self) -> str:
+        """What there is to go on from, for a message."""
+        return f"{self.out} keeps the checkpoint of step {self.step}" if self.step else "there is no checkpoint yet"
 
     @cached_property
     def state(self) -> dict:
@@ -370,10 +400,14 @@ class Run:
         return state
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of `log.jsonl`; infinite where the line is no entry, or only half of one."""
+def _place_of(line: str) -> float:
+    """The step of a line of `log.jsonl`; infinite where the line is no entry, or only half of one.
+
+    The evaluation of a step is made behind its checkpoint, and made again where a run goes on from there.
+    """
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        entry = json.loads(line)
+        return entry["step"] + (0.0 if "loss" in entry else 0.5) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
 
@@ -393,7 +427,12 @@ def train(
     model: nn.Module, tokenizer: Tokenizer, source: Shuffled | PretrainingChunks, recipe: Recipe, run: Run,
     evaluate: Callable[[int], None] | None = None,
 ) -> None:  # fmt: skip
-    """The loop. `source` hands out examples; `evaluate(step)` is called where the recipe asks for it."""
+    """The loop. `source` hands out examples; `evaluate(step)` is called where the recipe asks for it.
+
+    The first signal lets the step end and its checkpoint be written, then raises Stopped; a second one stops at once.
+    So does one in an evaluation, in front of which a checkpoint is written. Raises RunError where the loss or the
+    gradient is not finite, before the optimizer has seen it.
+    """
     device, context = device_and_precision(recipe.precision, keep_casts=not recipe.shard)
     trained = spread(model, recipe.shard, device)
     run.begin()
@@ -412,24 +451,88 @@ def train(
         mininterval=0.5 if sys.stderr.isatty() else 10,
         disable=rank() > 0,
     )
-    for step in bar:
-        began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
-        examples = source.take(recipe.batch_size)
-        loss = accumulate_gradient(trained, examples, recipe.microbatch, device, context)
-        if not math.isfinite(loss):
-            raise RunError(f"the loss of step {step} is {loss}; the checkpoint of an earlier step is kept in {run.out}")
-        optimizer.step()
+    with bar, noting_signals() as signals:
+        for step in bar:
+            if evaluate and evaluation_is_due(step - 1, recipe):
+                with on_signals(stop_at_once):
+                    evaluate(step - 1)
+                model.train()
+            began = time.perf_counter()
+            optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
+            examples = source.take(recipe.batch_size)
+            loss = accumulate_gradient(trained, examples, recipe.microbatch, device, context)
+            if not is_finite(loss, optimizer):
+                where = not_finite_in(trained, optimizer, examples, source.names, device, context)
+                what = f"the loss of step {step} is {loss} and its gradient not finite"
+                raise RunError(f"{what}, in {where}; {run.kept()}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            meter.add(loss, examples, time.perf_counter() - began)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            last = step == recipe.steps
+            if step % recipe.log_every == 0 or last:
+                run.log(step=step, **meter.read())
+            stopped_by = [number for noted in from_all(signals[:1]) for number in noted]  # all processes stop, or none
+            if stopped_by or last or step % recipe.save_every == 0 or (evaluate and evaluation_is_due(step, recipe)):
+                run.save(step, model, optimizer, source, meter)
+            if stopped_by:
+                raise Stopped(stopped_by[0], f"stopped; {run.kept()}")
+
+
+def evaluation_is_due(step: int, recipe: Recipe) -> bool:
+    """Whether the recipe wants an evaluation behind a step; behind the last one it comes by itself."""
+    return recipe.eval_every > 0 and 0 < step < recipe.steps and step % recipe.eval_every == 0
+
+
+@contextmanager
+def on_signals(action: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT (Ctrl-C) and SIGTERM (a scheduler's) call `action` with their number, where this is the main thread."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, lambda number, _: action(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def noting_signals() -> Iterator[list[int]]:
+    """The first signal is only noted, in the list that this gives; a second one stops at once."""
+    noted: list[int] = []
+
+    def note(number: int) -> None:
+        if noted:
+            stop_at_once(number)
+        noted.append(number)
+
+    with on_signals(note):
+        yield noted
+
+
+def stop_at_once(number: int) -> None:
+    """End the command where it stands."""
+    raise Stopped(number)
+
+
+def is_finite(loss: float, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a loss, its gradient and the squares of that, which Adafactor sums, are finite."""
+    gradients = [weight.grad for weight in optimizer.param_groups[0]["params"] if weight.grad is not None]
+    return math.isfinite(loss + nn.utils.get_total_norm(gradients).item())
+
+
+def not_finite_in(
+    model: nn.Module, optimizer: torch.optim.Optimizer, examples: Sequence[Ids], names: Sequence[str],
+    device: torch.device, context: Callable,
+) -> str:  # fmt: skip
+    """Where a batch that is not finite comes from: those of its examples that are not so alone, or else all of them."""
+    found = []
+    for example, name in zip(examples, names):
         optimizer.zero_grad(set_to_none=True)
-        meter.add(loss, examples, time.perf_counter() - began)
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        if step % recipe.log_every == 0 or step == recipe.steps:
-            run.log(step=step, **meter.read())
-        if evaluate and recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps:
-            evaluate(step)
-            model.train()
-        if step % recipe.save_every == 0 or step == recipe.steps:
-            run.save(step, model, optimizer, source, meter)
+        if not is_finite(accumulate_gradient(model, [example], 1, device, context), optimizer):
+            found.append(name)
+    distinct = list(dict.fromkeys(found or names))
+    return ", ".join(distinct[:8]) + (f" and {len(distinct) - 8:,} more" if len(distinct) > 8 else "")
 
 
 def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -671,9 +774,8 @@ def learn_toy_world(
     prompts = prompt_format("hint", tokenizer, examples, recipe)
     torch.manual_seed(recipe.seed)
     model = HINT(T5(replace(t5_config, vocab_size=tokenizer.get_vocab_size())), hint_config)
-    source = Shuffled(
-        encode_tasks(world.train, prompts, recipe.max_target, recipe.seed), recipe.seed, group=recipe.group
-    )
+    examples = encode_tasks(world.train, prompts, recipe.max_target, recipe.seed)
+    source = Shuffled(examples, recipe.seed, group=recipe.group, tasks=world.train)
     train(model, tokenizer, source, recipe, run)
     return Answerer(model, prompts, recipe.max_target, 64, recipe.precision)
 
@@ -728,7 +830,7 @@ def finetune(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, arguments.system)
     prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe)
     examples = encode_tasks(tasks["train"], prompts, recipe.max_target, recipe.seed)
-    source = Shuffled(examples, recipe.seed, run.state["position"] or 0, recipe.group)
+    source = Shuffled(examples, recipe.seed, run.state["position"] or 0, recipe.group, tasks["train"])
 
     def predictions() -> list[dict]:
         answerer = Answerer(whole(model), prompts, recipe.max_target, arguments.eval_batch_size, recipe.precision)
@@ -994,27 +1096,32 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 @processes()
 def main(words: Sequence[str] | None = None) -> None:
-    """Run one command; what a user can mend ends in one sentence and exit status 1 (2 for the command line)."""
+    """Run one command; what a user can mend ends in one sentence and exit status 1 (2 for the command line).
+
+    A signal has the status that shells give it: 130 for Ctrl-C, 143 for SIGTERM.
+    """
     words = sys.argv[1:] if words is None else words
     arguments = parser().parse_args(words or ["demo"])
     try:
         if world() > 1 and arguments.function in (demo, predict):
             raise RunError(f"{arguments.command}: is for one process; start it without torchrun")
-        arguments.function(arguments)
+        with on_signals(stop_at_once):
+            arguments.function(arguments)
     except (RunError, CheckpointError, DataError) as error:
         sys.exit(f"train.py: {error}")
     except BrokenPipeError:  # the reader of the answers has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"train.py: {error.filename or 'a file'}: {error.strerror or error}")
+        name = error.filename or getattr(arguments, "out", None) or "a file"  # a full disk tells no name
+        sys.exit(f"train.py: {name}: {error.strerror or error}")
     except torch.OutOfMemoryError:
         sys.exit("train.py: the GPU's memory is full; take a smaller --microbatch (or --eval-batch-size, in answering)")
-    except KeyboardInterrupt:
-        trains = hasattr(arguments, "resume")
-        sys.exit(
-            "train.py: stopped" + ("; --resume goes on from the last checkpoint, if there is one" if trains else "")
-        )
+    except Stopped as stop:
+        more = ", and the same command with --resume goes on" if hasattr(arguments, "resume") else ""
+        if first_to_fail():
+            print(f"train.py: {stop}{more}", file=sys.stderr)
+        sys.exit(128 + stop.number)
 
 
 if __name__ == "__main__":

@@ -731,7 +731,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoin
     "error, sentence",
     [
         (torch.OutOfMemoryError("CUDA"), "--microbatch"),
-        (KeyboardInterrupt(), "stopped; --resume"),
         (OSError(28, "No space left on device", "x"), "x: No space"),
     ],
 )
