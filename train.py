@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -66,6 +67,7 @@ from t5 import (
     read_config,
     read_json,
     read_metadata,
+    read_pickle,
     replacing,
 )
 
@@ -80,6 +82,17 @@ class RunError(ValueError):
 def option(default, why: str):
     """A field that is also an option of the command line; `why` is its help there."""
     return field(default=default, metadata={"help": why})
+
+
+def check_precision(precision: str) -> None:
+    """Raises RunError for a precision that is none, or that T5 does not bear."""
+    if precision == "fp16":
+        raise RunError("--precision fp16: T5 overflows in fp16 (its feed-forward layers pass 65,504); use bf16 or fp32")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RunError(f"--precision {first_line(precision)}: must be auto, fp32 or bf16")
+
+
+LONGEST = 100_000  # tokens of a text: far beyond what T5 is used for
 
 
 @dataclass(frozen=True)
@@ -130,9 +143,12 @@ class Recipe:
         for item in fields(self):
             value, minimum = getattr(self, item.name), least.get(item.name, 1)
             if item.type in kinds and not (type(value) in kinds[item.type] and value >= minimum):
-                raise RunError(f"{flag(item)} {value}: must be a number of at least {minimum}")
+                raise RunError(f"{flag(item)} {value!r:.40}: must be a number of at least {minimum}")
+            if item.name.startswith("max_") and value > LONGEST:
+                raise RunError(f"{flag(item)} {value}: must be at most {LONGEST:,} tokens")
         if self.seed >= 2**63:
-            raise RunError(f"--seed {self.seed}: must be below 2^63")
+            raise RunError(f"--seed {self.seed!r:.40}: must be below 2^63")
+        check_precision(self.precision)
         if self.dropout >= 1 or self.final_rate > 1:
             raise RunError(f"--dropout {self.dropout} must be below 1 and --final-rate {self.final_rate} at most 1")
 
@@ -158,6 +174,7 @@ SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": N
 
 MAY_CHANGE = (  # when a run goes on: its length, and what leaves the gradient as it is, but for the draws of dropout
     "steps", "microbatch", "gradient_checkpointing", "log_every", "save_every", "eval_every", "eval_batch_size",
+    "skip_bad_lines",
 )  # fmt: skip
 
 
@@ -171,8 +188,12 @@ class Run:
         elif self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise RunError(f"{out}: holds something already; name another --out, or go on with that run by --resume")
         weights = self.out / "model.safetensors"
-        step = str(read_metadata(weights).get("step", 0)) if weights.is_file() else "0"
-        self.step = int(step) if step.isdecimal() else 0  # of the last checkpoint
+        self.step = 0  # of the last checkpoint
+        if weights.is_file():
+            step = read_metadata(weights).get("step")
+            if not isinstance(step, str) or not re.fullmatch("[1-9][0-9]{0,17}", step):
+                raise RunError(f"{weights}: does not say of which step of the run it is")
+            self.step = int(step)
 
     def begin(self) -> None:
         """Make the folder, now that all that the run needs has been read."""
@@ -192,7 +213,7 @@ class Run:
         for name, value in self.settings.items():
             if name not in MAY_CHANGE and name in before and before[name] != value:
                 raise RunError(
-                    f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options"
+                    f"{path}: that run had {name} {before[name]!r:.80}, not {value!r}; --resume wants the same options"
                 )
 
     def _forget_log_behind(self, step: int) -> None:
@@ -231,23 +252,28 @@ class Run:
         if self.step == 0:
             return {"position": None}
         path = self.out / f"training-{self.step}.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise RunError(f"{path}: cannot be read ({first_line(error)})") from None
+        state = read_pickle(path)
         if not isinstance(state, dict) or not {"optimizer", "position", "losses", "random", "random_cuda"} <= set(
             state
         ):
             raise RunError(f"{path}: is not the training state of a run")
+        pretrains = self.settings["command"] == "pretrain"
+        position = state["position"] if pretrains else (state["position"],)
+        most = self.step * self.settings["batch_size"]  # no source counts anything that is more than its examples
+        if not isinstance(position, tuple) or [type(n) for n in position] != [int] * (1 + pretrains):
+            raise RunError(f"{path}: does not say where in its data the run was")
+        if not all(0 <= number <= most for number in position):
+            raise RunError(f"{path}: says that the run was in its data where {self.step:,} steps do not lead")
         return state
 
 
 def _step_of(line: str) -> float:
     """The step of a line of `log.jsonl`; infinite where the line is no entry, or only half of one."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
 
 
 def write(path: Path, text: str) -> None:
@@ -271,7 +297,7 @@ def train(
     model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
     optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
     if run.step:
-        restore(optimizer, meter, run.state)
+        restore(optimizer, meter, run)
     bar = tqdm(
         range(run.step + 1, recipe.steps + 1),
         initial=run.step,
@@ -337,13 +363,37 @@ def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, 
     return total / tokens
 
 
-def restore(optimizer: torch.optim.Optimizer, meter: Meter, state: dict) -> None:
-    """Optimizer, losses not logged yet and random numbers as they were; weights and data have been read before."""
-    optimizer.load_state_dict(state["optimizer"])
-    meter.losses = state["losses"]
-    torch.set_rng_state(state["random"])
-    if state["random_cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["random_cuda"])
+def restore(optimizer: torch.optim.Optimizer, meter: Meter, run: Run) -> None:
+    """Optimizer, losses not logged yet and random numbers as they were; weights and data have been read before.
+
+    Raises RunError where the state is not one of this model.
+    """
+    state = run.state
+    try:
+        kept, parameters = state["optimizer"]["state"], optimizer.param_groups[0]["params"]
+        if [_shapes(kept[number]) for number in range(len(kept))] != [_adafactor_shapes(p.shape) for p in parameters]:
+            raise ValueError("the optimizer's numbers are of another model")
+        if any(entry["step"] != run.step for entry in kept.values()):
+            raise ValueError("the optimizer's numbers are of another step")
+        copies = {number: {name: tensor.clone() for name, tensor in entry.items()} for number, entry in kept.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": copies})
+        meter.losses = [loss for loss in state["losses"] if math.isfinite(loss)]
+        torch.set_rng_state(state["random"])
+        if state["random_cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+    except Exception as error:  # a foreign state can lead to anything
+        path = run.out / f"training-{run.step}.pt"
+        raise RunError(f"{path}: is not the training state of this run ({first_line(error)})") from None
+
+
+def _shapes(entry: dict) -> dict:
+    return {name: (tensor.dtype, *tensor.shape) for name, tensor in entry.items()}
+
+
+def _adafactor_shapes(shape: Sequence[int]) -> dict:
+    """What Adafactor keeps of a parameter, all in fp32: of a vector its second moments, of a matrix their two factors."""
+    moments = {"variance": shape} if len(shape) < 2 else {"row_var": (*shape[:-1], 1), "col_var": (1, shape[-1])}
+    return {name: (torch.float32, *sizes) for name, sizes in {"step": (), **moments}.items()}
 
 
 class Meter:
@@ -371,10 +421,7 @@ class Meter:
 def device_and_precision(precision: str) -> tuple[torch.device, Callable]:
     """The GPU where there is one, and the context that forward passes run in: fp32, or bf16 over fp32 weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if precision == "fp16":
-        raise RunError("--precision fp16: T5 overflows in fp16 (its feed-forward layers pass 65,504); use bf16 or fp32")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise RunError(f"--precision {precision}: must be auto, fp32 or bf16")
+    check_precision(precision)
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
         raise RunError("--precision bf16: this GPU has no bf16; use fp32")
@@ -557,10 +604,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     run = Run(arguments.out, {**settings_of(arguments, recipe), "system": "hint", "examples": 0}, arguments.resume)
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
+    position = run.state["position"] or (0, 0)
     source = PretrainingChunks(
-        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state["position"] or (0, 0)
+        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, position, arguments.skip_bad_lines
     )
     train(model, tokenizer, source, recipe, run)
+    if source.skipped:
+        print(f"bad lines skipped: {source.skipped:,}; the first: {source.first_skipped}", file=sys.stderr)
     print(f"The pretrained model lies in {run.out}; finetune it with --start {run.out}")
 
 
@@ -609,7 +659,7 @@ def read_lines(file: str) -> list[str]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read ({error!s:.80})") from None
+        raise RunError(f"{file}: cannot be read ({first_line(error)})") from None
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -662,16 +712,16 @@ def model_and_tokenizer(
         model.config = replace(model.config, **given)
     else:
         model = HINT(model.t5, HINTConfig(**given))
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model, arguments.tokenizer or start)
     set_dropout(model, recipe.dropout)
     return model, tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
-    """A model must have an embedding for every token."""
-    tokens, rows = tokenizer.get_vocab_size(), model.t5.config.vocab_size
+def check_vocabulary(tokenizer: Tokenizer, model: nn.Module, source: object) -> None:
+    """A model must have an embedding for every token, up to the highest id; `source` is where the tokenizer is from."""
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.t5.config.vocab_size
     if tokens > rows:
-        raise RunError(f"the tokenizer has {tokens:,} tokens, the model only {rows:,}")
+        raise RunError(f"{source}: its tokenizer has {tokens:,} tokens, the model only {rows:,}")
 
 
 def notes_of_run(found: dict) -> tuple[str | None, int, Recipe]:
@@ -701,7 +751,7 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
             f"--system {arguments.system}: {arguments.model} is {'' if isinstance(model, HINT) else 'not '}a HINT model"
         )
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model, arguments.tokenizer or arguments.model)
     prompts = prompt_format(system, tokenizer, examples if arguments.examples is None else arguments.examples, recipe)
     longest, precision = arguments.max_new_tokens or recipe.max_target, arguments.precision or recipe.precision
     return Answerer(model, prompts, longest, arguments.eval_batch_size, precision)
@@ -735,6 +785,9 @@ def parser() -> Parser:
     command = add_command(commands, pretrain)
     command.add_argument(
         "--corpus", required=True, nargs="+", help="shards of C4 or the like: .json.gz, an object with a text a line"
+    )
+    command.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out lines of a shard that hold no text, and say how many"
     )
     add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
     command = add_command(commands, finetune)
