@@ -636,8 +636,6 @@ def read_config(name_or_dir: str | os.PathLike, parse: Callable[[dict], object])
         return parse(found)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: is nested too deeply") from None
 
 
 def read_weights(name_or_dir: str | os.PathLike) -> dict[str, Tensor]:

@@ -380,7 +380,12 @@ def test_models_that_cannot_answer_so_are_refused(tmp_path, sni, start, spiece):
 def test_halves_of_characters_are_read_as_question_marks(tmp_path, sni, start, capsys):
     """JSON and command lines may hold them; tokenizers and files may not."""
     path = sni / "tasks" / "test_1.json"
-    path.write_text(path.read_text().replace("the cat sat", "the \\ud800 sat").replace("out 0", "out \\ud83d"))
+    path.write_text(
+        path.read_text()
+        .replace("the cat sat", "the \\ud800 sat")
+        .replace("out 0", "out \\ud83d")
+        .replace('"id": "', '"id": "\\ud800')
+    )
     assert "\\ud800" in path.read_text()
     finetune(sni, start, tmp_path / "run", "--steps", 1)
     assert "out ?" in (tmp_path / "run" / "predictions.jsonl").read_text()
