@@ -108,7 +108,7 @@ def _check_charsmap(charsmap: bytes) -> None:
     Raises ValueError.
     """
     size = int.from_bytes(charsmap[:4], "little")
-    if size % 4 or not 4 <= size <= min(len(charsmap) - 4, 1 << 20):  # T5's has 218 kB
+    if size % 4 or not 4 <= size <= min(len(charsmap) - 4, 1 << 20):  # T5's has 177 kB
         raise ValueError("its character map is cut short, or none")
     units, texts = np.frombuffer(charsmap, "<u4", size // 4, 4), np.frombuffer(charsmap, np.uint8, offset=4 + size)
     offsets = (units >> 10) << ((units & 512) >> 6)
