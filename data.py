@@ -8,6 +8,7 @@ Axes: B examples, Li instruction tokens, S input tokens, T target tokens.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import math
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import BinaryIO, Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -35,10 +36,16 @@ PAD, EOS, UNKNOWN = 0, 1, 2
 NO_LABEL = -100
 NOTHING = [EOS]  # an instruction that says nothing
 EXTRA_IDS = 100  # of T5, behind the pieces of its SentencePiece model
+LONGEST_LINE = 1 << 24  # bytes, 16 MiB: the pages that C4 is made of were cut at one MiB
 
 
 class DataError(ValueError):
     """A file of the data cannot be used; the message is one sentence that names the file."""
+
+
+def _reason(error: BaseException) -> str:
+    """As much of a library's message as fits into a sentence."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(error)[:120])
 
 
 # --------------------------------------------------------------------------------------------- tokenizer
@@ -54,10 +61,17 @@ def load_tokenizer(name_or_dir_or_file: str | os.PathLike) -> Tokenizer:
         path = _fetch(name_or_dir_or_file, "tokenizer.json") or _fetch(name_or_dir_or_file, "spiece.model")
     if path is None:
         raise DataError(f"{name_or_dir_or_file}: no tokenizer.json and no spiece.model there")
-    tokenizer = _read_tokenizer_json(path) if path.suffix == ".json" else _read_spiece(path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if tokenizer.encode("a").ids[-1:] != [EOS]:
+    try:
+        tokenizer = _read_tokenizer_json(path) if path.suffix == ".json" else _read_spiece(path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        ids = tokenizer.encode("two words, \u5b57 \u2603").ids  # some damage shows only in use, or at unknown letters
+        tokenizer.decode(ids)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the library raises bare exceptions, and its panics are not even those
+        raise DataError(f"{path}: is not a tokenizer that can be read ({_reason(error)})") from None
+    if ids[-1:] != [EOS] or max(ids) > max(tokenizer.get_vocab().values(), default=0):
         raise DataError(f"{path}: is not a tokenizer of T5, whose texts end in </s> with id {EOS}")
     return tokenizer
 
@@ -76,10 +90,39 @@ def _fetch(name_or_dir: str | os.PathLike, filename: str) -> Path | None:
 
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare exceptions
-        raise DataError(f"{path}: is not a tokenizer ({error!s:.120})") from None
+    text = path.read_text("utf-8")
+    json.loads(text, object_pairs_hook=_check_charsmaps)
+    return Tokenizer.from_str(text)
+
+
+def _check_charsmaps(pairs: list[tuple[str, object]]) -> None:
+    for name, value in pairs:
+        if name == "precompiled_charsmap":
+            _check_charsmap(base64.b64decode(value, validate=True))
+
+
+def _check_charsmap(charsmap: bytes) -> None:
+    """A character map is a trie (a double array, as darts-clone has it) and the texts that its leaves point at.
+
+    The library follows both without looking, and panics where they lead outside; so each path is followed here first.
+    Raises ValueError.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    if size % 4 or not 4 <= size <= min(len(charsmap) - 4, 1 << 20):  # T5's has 177 kB
+        raise ValueError("its character map is cut short, or none")
+    units, texts = np.frombuffer(charsmap, "<u4", size // 4, 4), np.frombuffer(charsmap, np.uint8, offset=4 + size)
+    offsets = (units >> 10) << ((units & 512) >> 6)
+    letters, fresh, reached = np.arange(1, 256, dtype=np.uint32), np.ones(len(units), bool), np.zeros(1, np.uint32)
+    while len(reached):
+        nodes = reached ^ offsets[reached]
+        if (nodes | 255).max() >= len(units):
+            raise ValueError("its character map leads outside")
+        places = units[nodes[units[reached] & 256 > 0]] & 0x7FFFFFFF
+        if (places >= len(texts)).any() or (texts[places] & 192 == 128).any():  # or into the middle of a character
+            raise ValueError("its character map leads outside")
+        children = nodes[:, None] ^ letters
+        reached = np.unique(children[fresh[children] & (units[children] & 0x800000FF == letters)])
+        fresh[reached] = False
 
 
 def _read_spiece(path: Path) -> Tokenizer:
@@ -87,13 +130,12 @@ def _read_spiece(path: Path) -> Tokenizer:
 
     T5 puts its extra ids behind the pieces in falling order: the last id of all is <extra_id_0>.
     """
-    try:
-        pieces, charsmap = _parse_spiece(path.read_bytes())
-        model = models.Unigram(pieces, unk_id=UNKNOWN, byte_fallback=False)
-        tidy = [normalizers.Precompiled(charsmap)] if charsmap else []
-    except Exception as error:  # a damaged file can break the parser and the library in many ways
-        raise DataError(f"{path}: is not a SentencePiece unigram model ({error!s:.80})") from None
-    tokenizer = Tokenizer(model)
+    pieces, charsmap = _parse_spiece(path.read_bytes())
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=UNKNOWN, byte_fallback=False))
+    tidy = []
+    if charsmap:
+        _check_charsmap(charsmap)
+        tidy = [normalizers.Precompiled(charsmap)]
     squeeze = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
     tokenizer.normalizer = normalizers.Sequence(tidy + squeeze)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first")
@@ -198,10 +240,16 @@ def load_tasks(sni_dir: str | os.PathLike, split: str, max_instances: int = 100)
     except FileNotFoundError:
         raise DataError(f"{listing}: no such file; {sni_dir} must hold tasks/ and splits/default/") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{listing}: cannot be read ({error!s:.80})") from None
+        raise DataError(f"{listing}: cannot be read ({_reason(error)})") from None
     if not names:
         raise DataError(f"{listing}: the split is empty")
-    return [_load_task(Path(sni_dir, "tasks", f"{name}.json"), max_instances) for name in names]
+    paths = [Path(sni_dir, "tasks", f"{name}.json") for name in names]
+    for name, path in zip(names, paths):
+        if name != Path(name).name or len(name) > 200 or not name.isprintable():
+            raise DataError(f"{listing}: {name!r:.80} is not the name of a task")
+        if not path.is_file():
+            raise DataError(f"{listing}: names a task that is not there ({path}: no such file)")
+    return [_load_task(path, max_instances) for path in paths]
 
 
 def _load_task(path: Path, max_instances: int) -> Task:
@@ -230,7 +278,10 @@ def _instance(path: Path, number: int, found: object) -> Instance:
     references = [references] if isinstance(references, str) else references
     if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
         raise DataError(f"{path}: instance {number} has no output, a list of texts")
-    return Instance(str(found.get("id", f"{path.stem}-{number}")), text, tuple(map(valid, references)))
+    name = found.get("id")
+    return Instance(
+        valid(name) if isinstance(name, str) else f"{path.stem}-{number}", text, tuple(map(valid, references))
+    )
 
 
 def _text(path: Path, entry: object, key: str) -> str:
@@ -250,7 +301,7 @@ def _read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON ({error!s:.80})") from None
+        raise DataError(f"{path}: is not JSON ({_reason(error)})") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: is JSON, but not an object")
     return found
@@ -416,7 +467,8 @@ class PretrainingChunks:
     128 documents at a time are tokenised, each ended by `</s>`, concatenated and cut to `length`. Every segment is
     split at two random points: the first part is for the hypernetwork, the second the input, the third the target,
     and `</s>` ends each. The text of a segment crosses documents, as in the authors' code; what is left of 128
-    documents behind their last segment is dropped.
+    documents behind their last segment is dropped. `skip_bad_lines`: a line of a shard that holds no text is left out,
+    and counted in `skipped`.
     """
 
     documents = 128
@@ -428,6 +480,7 @@ class PretrainingChunks:
         length: int,
         seed: int,
         position: Sequence[int] = (0, 0),
+        skip_bad_lines: bool = False,
     ) -> None:
         self.paths, self.tokenizer, self.length, self.seed = [Path(path) for path in paths], tokenizer, length, seed
         for path in self.paths:
@@ -435,6 +488,7 @@ class PretrainingChunks:
                 raise DataError(f"{path}: no such file")
         self.position = tuple(position)  # (groups of documents used up, segments handed out of the next group)
         self.names: list[str] = []  # where the segments taken last come from
+        self.skip_bad_lines, self.skipped, self.first_skipped = skip_bad_lines, 0, None
         stream = self._examples(*self.position)
         self._stream = chain([next(stream)], stream)  # a corpus that cannot be read is found before a run begins
 
@@ -472,28 +526,60 @@ class PretrainingChunks:
 
     def _texts(self) -> Iterator[str]:
         """The texts of all shards, again and again."""
+        skip = self._count if self.skip_bad_lines else None
         while True:
             found = 0
             for path in self.paths:
-                for text in read_shard(path):
+                for text in read_shard(path, skip):
                     found += 1
                     yield text
             if found == 0:
                 raise DataError(f"{self.paths[0]}: no text in this shard or any other")
+            skip = skip and (lambda error: None)  # from now on the same lines come again
+
+    def _count(self, error: DataError) -> None:
+        self.skipped, self.first_skipped = self.skipped + 1, self.first_skipped or error
 
 
-def read_shard(path: Path) -> Iterator[str]:
-    """The texts of a `.json.gz` shard, one JSON object with a `text` a line. Raises DataError, which names the line."""
+def read_shard(path: Path, skip: Callable[[DataError], None] | None = None) -> Iterator[str]:
+    """The texts of a `.json.gz` shard, one JSON object with a `text` a line. Raises DataError, which names the line.
+
+    A line of more than 16 MiB is a bad one, so that a line without an end does not fill the memory. With `skip` a bad
+    line is not raised but handed to it, and the next one read; behind damage to the compression nothing can be.
+    """
     number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError("its text is no text")
-                yield valid(text)
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: line {number or 1} cannot be read as C4 text ({error!s:.80})") from None
+        with gzip.open(path) as file:
+            for number, line in enumerate(_lines(file), start=1):
+                try:
+                    text = _c4_text(line)
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    bad = DataError(f"{path}: line {number} cannot be read as C4 text ({_reason(error)})")
+                    if skip is None:
+                        raise bad from None
+                    skip(bad)
+                else:
+                    yield text
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be decompressed behind line {number} ({_reason(error)})") from None
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long no more than shows that."""
+    while line := file.readline(LONGEST_LINE + 1):
+        yield line
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE + 1)
+
+
+def _c4_text(line: bytes) -> str:
+    """The text of a line. Raises ValueError, KeyError, TypeError, RecursionError."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"it is longer than {LONGEST_LINE:,} bytes")
+    text = json.loads(line.decode("utf-8"))["text"]
+    if not isinstance(text, str):
+        raise TypeError("its text is no text")
+    return valid(text)
 
 
 class Batch(NamedTuple):

@@ -28,11 +28,12 @@ from t5 import (
     Modules,
     Source,
     T5Config,
+    check_sizes,
     fill,
-    first_line,
     map_tensors,
     padding_mask,
     read_config,
+    read_pickle,
     read_weights,
     replacing,
     save_folder,
@@ -84,14 +85,33 @@ class EncodedTask(NamedTuple):
     @classmethod
     def load(cls, path: str | os.PathLike) -> EncodedTask:
         """Read a kept task, to the CPU. Nothing in the file is executed. Raises CheckpointError."""
+        with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, Adapter, KeyValue]):
+            task = read_pickle(path)
+        tensors: list[Tensor] = []
         try:
-            with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, Adapter, KeyValue]):
-                task = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(f"{path}: is not an encoded task ({first_line(error)})") from None
-        if not isinstance(task, EncodedTask):
-            raise CheckpointError(f"{path}: is not an encoded task")
-        return task
+            _check_shapes(task)
+            map_tensors(tensors.append, task)
+        except (AttributeError, TypeError, ValueError, IndexError):  # of a part that is not what stands in its place
+            raise CheckpointError(f"{path}: is not an encoded task") from None
+        check_sizes(path, tensors)
+        return map_tensors(torch.clone, task)  # the file may change
+
+
+def _check_shapes(task: EncodedTask) -> None:
+    """The shapes of what a file holds must be those of one task. Raises whatever a wrong part leads to."""
+    batch, length, d_model = task.states.shape
+    wrong = not isinstance(task, EncodedTask) or task.attention_mask.shape != (batch, length)
+    for adapter, *prefixes in (*task.modules.encoder, *task.modules.decoder):
+        if adapter is not None:
+            r = adapter.down.shape[2]
+            shapes = [(batch, d_model, r), (batch, 1, r), (batch, r, d_model), (batch, 1, d_model)]
+            wrong |= [part.shape for part in adapter] != shapes
+        for prefix in prefixes:
+            if prefix is not None:
+                _, heads, columns, width = prefix.key.shape
+                wrong |= [part.shape for part in prefix] != [(batch, heads, columns, width)] * 2
+    if wrong:
+        raise ValueError("parts that do not fit together")
 
 
 class HINT(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import zipfile
 from contextlib import contextmanager, suppress
@@ -63,7 +64,7 @@ class T5Config:
         for field in fields(self):
             _check_field(field.name, field.type, getattr(self, field.name))
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise CheckpointError(f"feed_forward_proj {self.feed_forward_proj!r} is not one of relu, gated-gelu")
+            raise CheckpointError(f"feed_forward_proj {self.feed_forward_proj!r:.40} is not one of relu, gated-gelu")
         if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 4:
             raise CheckpointError("relative_attention_num_buckets must be a multiple of 4")
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
@@ -740,12 +741,13 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], name_in_file: Callable[[s
 
 def _few(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(map(first_line, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def first_line(error: Exception) -> str:
-    """As much of a library's message as fits into a sentence."""
-    return str(error).strip().partition("\n")[0][:160]
+def first_line(text: object) -> str:
+    """As much of a library's message, or of a name in a file, as fits into a sentence."""
+    line = str(text).strip().partition("\n")[0][:160]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 def fetch(name_or_dir: str | os.PathLike, filename: str) -> Path | None:
@@ -768,7 +770,7 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error!s:.80})") from None
+        raise CheckpointError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: is JSON, but not an object")
     return found
@@ -809,7 +811,8 @@ def _read_shards(
         raise CheckpointError(f"{index}: has no weight_map of tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(places.values())):
-        path = fetch(name_or_dir, shard) if shard == Path(shard).name else None
+        plain = shard == Path(shard).name and shard.isascii() and len(shard) <= 200
+        path = fetch(name_or_dir, shard) if plain else None
         if path is None:
             raise CheckpointError(f"{index}: names the shard {shard!r:.80}, which is not there")
         found = read(path)
@@ -822,17 +825,51 @@ def _read_shards(
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `pytorch_model.bin`. `weights_only` refuses a pickle that wants to run anything."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle can raise anything
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: is not a file of plain tensors that torch.load can read ({reason:.120})"
-        ) from None
+    """Tensors of a `pytorch_model.bin`. Raises CheckpointError."""
+    found = read_pickle(path)
     if not isinstance(found, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in found.items()):
         raise CheckpointError(f"{path}: is not a dictionary of tensors")
+    check_sizes(path, found.values())
     return found
+
+
+def read_pickle(path: str | os.PathLike) -> object:
+    """What `torch.save` wrote, once its checksums are found right, mapped from disk where its form allows.
+
+    `weights_only` refuses a pickle that wants to run anything. Raises CheckpointError.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                    raise ValueError("its records are compressed, which torch.save never does")
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of its record {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError:  # its text tells how to load it without care
+        raise CheckpointError(f"{path}: is damaged, or holds more than plain tensors") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError(
+            f"{path}: is not a file of plain tensors that torch.load can read ({first_line(error)})"
+        ) from None
+
+
+def check_sizes(path: str | os.PathLike, tensors: Iterable[Tensor]) -> None:
+    """No tensor out of a pickle may claim more numbers than the file has bytes for. Raises CheckpointError.
+
+    A pickle can also give a tensor strides that repeat its numbers, or leave it unfilled; a copy would fill the memory.
+    """
+    stored = {}
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: holds a tensor that is not plain")
+        storage = tensor.untyped_storage()
+        stored[storage.data_ptr()] = storage.nbytes()
+        if tensor.nbytes > storage.nbytes():
+            raise CheckpointError(f"{path}: holds a tensor with fewer numbers than its shape {list(tensor.shape)} has")
+    if sum(stored.values()) > os.path.getsize(path):
+        raise CheckpointError(f"{path}: holds fewer bytes than its tensors")
 
 
 _SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -849,7 +886,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         placed = {name: _placed(entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: has a header that is no safetensors header ({error!s:.80})") from None
+        raise CheckpointError(f"{path}: has a header that is no safetensors header ({first_line(error)})") from None
     end = 0
     for begin, next_end, _, _ in sorted(placed.values(), key=lambda place: place[:2]):
         if begin != end:
@@ -881,7 +918,7 @@ def _open_safetensors(path: Path) -> tuple[dict, np.ndarray]:
     try:
         header = json.loads(data[8 : 8 + length].tobytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: has a header that is not JSON ({error!s:.80})") from None
+        raise CheckpointError(f"{path}: has a header that is not JSON ({first_line(error)})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: has a header that is not a JSON object")
     return header, data[8 + length :]
@@ -890,7 +927,7 @@ def _open_safetensors(path: Path) -> tuple[dict, np.ndarray]:
 def _placed(entry: dict) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
     """Begin, end, type and shape of one tensor of a safetensors header. Raises ValueError, KeyError, TypeError."""
     dtype, shape, (begin, end) = _SAFETENSORS_TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, begin, end)):
         raise ValueError("a size that is no whole number")
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError("a shape that does not fit its bytes")

@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -79,6 +80,7 @@ from t5 import (
     read_config,
     read_json,
     read_metadata,
+    read_pickle,
     replacing,
 )
 
@@ -101,6 +103,17 @@ class Stopped(KeyboardInterrupt):
 def option(default, why: str):
     """A field that is also an option of the command line; `why` is its help there."""
     return field(default=default, metadata={"help": why})
+
+
+def check_precision(precision: str) -> None:
+    """Raises RunError for a precision that is none, or that T5 does not bear."""
+    if precision == "fp16":
+        raise RunError("--precision fp16: T5 overflows in fp16 (its feed-forward layers pass 65,504); use bf16 or fp32")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RunError(f"--precision {first_line(precision)}: must be auto, fp32 or bf16")
+
+
+LONGEST = 100_000  # tokens of a text: far beyond what T5 is used for
 
 
 @dataclass(frozen=True)
@@ -154,9 +167,12 @@ class Recipe:
         for item in fields(self):
             value, minimum = getattr(self, item.name), least.get(item.name, 1)
             if item.type in kinds and not (type(value) in kinds[item.type] and value >= minimum):
-                raise RunError(f"{flag(item)} {value}: must be a number of at least {minimum}")
+                raise RunError(f"{flag(item)} {value!r:.40}: must be a number of at least {minimum}")
+            if item.name.startswith("max_") and value > LONGEST:
+                raise RunError(f"{flag(item)} {value}: must be at most {LONGEST:,} tokens")
         if self.seed >= 2**63:
-            raise RunError(f"--seed {self.seed}: must be below 2^63")
+            raise RunError(f"--seed {self.seed!r:.40}: must be below 2^63")
+        check_precision(self.precision)
         if self.dropout >= 1 or self.final_rate > 1:
             raise RunError(f"--dropout {self.dropout} must be below 1 and --final-rate {self.final_rate} at most 1")
 
@@ -289,7 +305,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
 
 MAY_CHANGE = (  # when a run goes on: its length, and what leaves the gradient as it is, but for the draws of dropout
-    "steps", "microbatch", "gradient_checkpointing", "shard",
+    "steps", "microbatch", "gradient_checkpointing", "shard", "skip_bad_lines",
     "log_every", "save_every", "eval_every", "eval_batch_size",
 )  # fmt: skip
 
@@ -304,8 +320,12 @@ class Run:
         elif self.out.exists() and not self._is_new():
             raise RunError(f"{out}: holds something already; name another --out, or go on with that run by --resume")
         weights = self.out / "model.safetensors"
-        step = str(read_metadata(weights).get("step", 0)) if weights.is_file() else "0"
-        self.step = int(step) if step.isdecimal() else 0  # of the last checkpoint
+        self.step = 0  # of the last checkpoint
+        if weights.is_file():
+            step = read_metadata(weights).get("step")
+            if not isinstance(step, str) or not re.fullmatch("[1-9][0-9]{0,17}", step):
+                raise RunError(f"{weights}: does not say of which step of the run it is")
+            self.step = int(step)
 
     def begin(self) -> None:
         """Make the folder, now that all that the run needs has been read, by all processes."""
@@ -339,7 +359,7 @@ class Run:
         for name, value in self.settings.items():
             if name not in MAY_CHANGE and name in before and before[name] != value:
                 raise RunError(
-                    f"{path}: that run had {name} {before[name]!r}, not {value!r}; --resume wants the same options"
+                    f"{path}: that run had {name} {before[name]!r:.80}, not {value!r}; --resume wants the same options"
                 )
 
     def _forget_log_behind(self, step: int) -> None:
@@ -391,12 +411,16 @@ class Run:
         if self.step == 0:
             return {"position": None}
         path = self.out / f"training-{self.step}.pt"
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can raise anything
-            raise RunError(f"{path}: cannot be read ({first_line(error)})") from None
+        state = read_pickle(path)
         if not isinstance(state, dict) or not {"optimizer", "position", "losses", "streams"} <= set(state):
             raise RunError(f"{path}: is not the training state of a run")
+        pretrains = self.settings["command"] == "pretrain"
+        position = state["position"] if pretrains else (state["position"],)
+        most = self.step * self.settings["batch_size"]  # no source counts anything that is more than its examples
+        if not isinstance(position, tuple) or [type(n) for n in position] != [int] * (1 + pretrains):
+            raise RunError(f"{path}: does not say where in its data the run was")
+        if not all(0 <= number <= most for number in position):
+            raise RunError(f"{path}: says that the run was in its data where {self.step:,} steps do not lead")
         return state
 
 
@@ -406,10 +430,11 @@ def _place_of(line: str) -> float:
     The evaluation of a step is made behind its checkpoint, and made again where a run goes on from there.
     """
     try:
-        entry = json.loads(line)
-        return entry["step"] + (0.0 if "loss" in entry else 0.5) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        entry = json.loads(line) if line.endswith("\n") else {}
+        step, is_evaluation = entry["step"], "loss" not in entry
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step + 0.5 * is_evaluation if type(step) is int and step < 2**53 else math.inf
 
 
 def write(path: Path, text: str) -> None:
@@ -443,7 +468,7 @@ def train(
     if rank() > 0:
         torch.manual_seed(recipe.seed + rank())  # its own dropout; weights and data have been drawn
     if run.step:
-        restore(optimizer, meter, run.state)
+        restore(optimizer, meter, run)
     bar = tqdm(
         range(run.step + 1, recipe.steps + 1),
         initial=run.step,
@@ -581,23 +606,45 @@ def accumulate_gradient(model: nn.Module, examples: list[Ids], microbatch: int, 
     return total.item() / tokens
 
 
-def restore(optimizer: torch.optim.Optimizer, meter: Meter, state: dict) -> None:
+def restore(optimizer: torch.optim.Optimizer, meter: Meter, run: Run) -> None:
     """Optimizer, losses not logged yet and random numbers as they were; weights and data have been read before.
 
-    A process that was not there at the checkpoint goes on with the random numbers that it begins with.
+    A process that was not there at the checkpoint goes on with the random numbers that it begins with. Raises
+    RunError where the state is not one of this model.
     """
-    optimizer.load_state_dict(state["optimizer"])
-    meter.losses = state["losses"]
-    if rank() < len(state["streams"]):
-        of_cpu, of_gpu = state["streams"][rank()]
-        torch.set_rng_state(of_cpu)
-        if of_gpu is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(of_gpu)
+    state = run.state
+    try:
+        kept, parameters = state["optimizer"]["state"], optimizer.param_groups[0]["params"]
+        if [_shapes(kept[number]) for number in range(len(kept))] != [_adafactor_shapes(p.shape) for p in parameters]:
+            raise ValueError("the optimizer's numbers are of another model")
+        if any(entry["step"] != run.step for entry in kept.values()):
+            raise ValueError("the optimizer's numbers are of another step")
+        copies = {number: {name: tensor.clone() for name, tensor in entry.items()} for number, entry in kept.items()}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": copies})
+        meter.losses = [loss for loss in state["losses"] if math.isfinite(loss)]
+        if rank() < len(state["streams"]):
+            of_cpu, of_gpu = state["streams"][rank()]
+            torch.set_rng_state(of_cpu)
+            if of_gpu is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(of_gpu)
+    except Exception as error:  # a foreign state can lead to anything
+        path = run.out / f"training-{run.step}.pt"
+        raise RunError(f"{path}: is not the training state of this run ({first_line(error)})") from None
 
 
 def random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
     """Where the random numbers of this process have come to, on the CPU and on its GPU."""
     return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+
+
+def _shapes(entry: dict) -> dict:
+    return {name: (tensor.dtype, *tensor.shape) for name, tensor in entry.items()}
+
+
+def _adafactor_shapes(shape: Sequence[int]) -> dict:
+    """What Adafactor keeps of a parameter, all in fp32: of a vector its second moments, of a matrix their two factors."""
+    moments = {"variance": shape} if len(shape) < 2 else {"row_var": (*shape[:-1], 1), "col_var": (1, shape[-1])}
+    return {name: (torch.float32, *sizes) for name, sizes in {"step": (), **moments}.items()}
 
 
 class Meter:
@@ -628,10 +675,7 @@ def device_and_precision(precision: str, keep_casts: bool = True) -> tuple[torch
     Weights are cast to bf16 once a pass (`keep_casts`), or whenever they are used, so that they are not all there.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if precision == "fp16":
-        raise RunError("--precision fp16: T5 overflows in fp16 (its feed-forward layers pass 65,504); use bf16 or fp32")
-    if precision not in ("auto", "fp32", "bf16"):
-        raise RunError(f"--precision {precision}: must be auto, fp32 or bf16")
+    check_precision(precision)
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
         raise RunError("--precision bf16: this GPU has no bf16; use fp32")
@@ -815,10 +859,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     run = Run(arguments.out, {**settings_of(arguments, recipe), "system": "hint", "examples": 0}, arguments.resume)
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
+    position = run.state["position"] or (0, 0)
     source = PretrainingChunks(
-        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, run.state["position"] or (0, 0)
+        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, position, arguments.skip_bad_lines
     )
     train(model, tokenizer, source, recipe, run)
+    if source.skipped:
+        print(f"bad lines skipped: {source.skipped:,}; the first: {source.first_skipped}", file=sys.stderr)
     print(f"The pretrained model lies in {run.out}; finetune it with --start {run.out}")
 
 
@@ -870,7 +917,7 @@ def read_lines(file: str) -> list[str]:
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise RunError(f"{file}: cannot be read ({error!s:.80})") from None
+        raise RunError(f"{file}: cannot be read ({first_line(error)})") from None
     return text.removesuffix("\n").split("\n") if text else []
 
 
@@ -923,16 +970,16 @@ def model_and_tokenizer(
         model.config = replace(model.config, **given)
     else:
         model = HINT(model.t5, HINTConfig(**given))
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model, arguments.tokenizer or start)
     set_dropout(model, recipe.dropout)
     return model, tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, model: nn.Module) -> None:
-    """A model must have an embedding for every token."""
-    tokens, rows = tokenizer.get_vocab_size(), model.t5.config.vocab_size
+def check_vocabulary(tokenizer: Tokenizer, model: nn.Module, source: object) -> None:
+    """A model must have an embedding for every token, up to the highest id; `source` is where the tokenizer is from."""
+    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.t5.config.vocab_size
     if tokens > rows:
-        raise RunError(f"the tokenizer has {tokens:,} tokens, the model only {rows:,}")
+        raise RunError(f"{source}: its tokenizer has {tokens:,} tokens, the model only {rows:,}")
 
 
 def notes_of_run(found: dict) -> tuple[str | None, int, Recipe]:
@@ -962,7 +1009,7 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
             f"--system {arguments.system}: {arguments.model} is {'' if isinstance(model, HINT) else 'not '}a HINT model"
         )
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
-    check_vocabulary(tokenizer, model)
+    check_vocabulary(tokenizer, model, arguments.tokenizer or arguments.model)
     prompts = prompt_format(system, tokenizer, examples if arguments.examples is None else arguments.examples, recipe)
     longest, precision = arguments.max_new_tokens or recipe.max_target, arguments.precision or recipe.precision
     return Answerer(model, prompts, longest, arguments.eval_batch_size, precision)
@@ -996,6 +1043,9 @@ def parser() -> Parser:
     command = add_command(commands, pretrain)
     command.add_argument(
         "--corpus", required=True, nargs="+", help="shards of C4 or the like: .json.gz, an object with a text a line"
+    )
+    command.add_argument(
+        "--skip-bad-lines", action="store_true", help="leave out lines of a shard that hold no text, and say how many"
     )
     add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
     command = add_command(commands, finetune)

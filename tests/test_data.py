@@ -434,7 +434,7 @@ def test_shards_are_streamed(tokenizer, tmp_path, monkeypatch):
     """The first examples come before the second group of documents is read."""
     shards, read = write_shards(tmp_path, 1000, shards=1), []
     real = data.read_shard
-    monkeypatch.setattr(data, "read_shard", lambda path: (read.append(1) or text for text in real(path)))
+    monkeypatch.setattr(data, "read_shard", lambda path, skip: (read.append(1) or text for text in real(path, skip)))
     PretrainingChunks(shards, tokenizer, 64, seed=0).take(3)
     assert len(read) == 128
 

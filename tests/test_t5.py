@@ -579,6 +579,7 @@ def test_a_truncated_safetensors_file_is_refused(tmp_path, length):
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "does not fit its bytes"),
         ({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}, 8, "no whole number"),
         ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, 8, "no whole number"),
+        ({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}, 0, "no whole number"),
         ({"a": {"dtype": "Q3", "shape": [2], "data_offsets": [0, 8]}}, 8, "Q3"),
         ({n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in "ab"}, 8, "overlap or leave a gap"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "overlap or leave a gap"),

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real runs on small data, what they leave behind, and what they refuse."""
 
+import gzip
 import json
 import math
 import os
@@ -16,7 +17,7 @@ from test_data import TASK, spiece, tokenizer, write_shards, write_task  # noqa:
 
 import t5
 import train
-from data import HINTFormat, Ids, Task
+from data import HINTFormat, Ids, Task, toy_tokenizer
 from hint import HINT, PlainT5, load_model
 from t5 import T5, T5Config
 
@@ -298,6 +299,33 @@ def test_a_corpus_that_cannot_be_read_leaves_nothing_behind(tmp_path, start):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_bad_line_of_a_shard_is_named_or_skipped_as_asked(tmp_path, start):
+    """It stands behind the first 128 texts, so a run has begun when it comes; what follows is the text without it."""
+    (shard,) = write_shards(tmp_path, 150, shards=1)
+    good = tmp_path / "good.json.gz"
+    good.write_bytes(shard.read_bytes())
+    lines = gzip.decompress(shard.read_bytes()).splitlines(keepends=True)
+    shard.write_bytes(gzip.compress(b"".join([*lines[:140], b'{"text": \n', *lines[140:]])))
+    sizes = ("--bottleneck", 3, "--prefix-length", 2, "--steps", 40, "--save-every", 1)
+    words = ("pretrain", "--start", start, *sizes, *FAST)
+    run(*words, "--corpus", good, "--out", tmp_path / "good")
+    words = (*words, "--corpus", shard, "--out")
+
+    stopped = command_line(*words, tmp_path / "stopped")
+    assert stopped.returncode == 1 and f"{shard}: line 141 cannot be read as C4 text" in stopped.stderr
+    assert 0 < log_of(tmp_path / "stopped")[-1]["step"] < 40
+    for more in ((tmp_path / "stopped", "--resume"), (tmp_path / "whole",)):
+        done = command_line(*words, *more, "--skip-bad-lines")
+        assert done.returncode == 0 and done.stderr.splitlines()[-1].startswith(
+            f"bad lines skipped: 1; the first: {shard}: line 141 "
+        ), "the shard is read again and again, and its line counted once"
+        one, other = (weights_of(folder) for folder in (tmp_path / "good", more[0]))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+    shard.write_bytes(gzip.compress(b"bad\n" * 1000))
+    refused(command_line(*words, tmp_path / "none", "--skip-bad-lines", timeout=100), "no text in this shard")
+
+
 def test_dropout_of_the_generator_may_change_after_pretraining(tmp_path, sni, start):
     finetune(sni, start, tmp_path / "one", "--steps", 1, "--generator-dropout", 0.1)
     run(
@@ -352,7 +380,12 @@ def test_models_that_cannot_answer_so_are_refused(tmp_path, sni, start, spiece):
 def test_halves_of_characters_are_read_as_question_marks(tmp_path, sni, start, capsys):
     """JSON and command lines may hold them; tokenizers and files may not."""
     path = sni / "tasks" / "test_1.json"
-    path.write_text(path.read_text().replace("the cat sat", "the \\ud800 sat").replace("out 0", "out \\ud83d"))
+    path.write_text(
+        path.read_text()
+        .replace("the cat sat", "the \\ud800 sat")
+        .replace("out 0", "out \\ud83d")
+        .replace('"id": "', '"id": "\\ud800')
+    )
     assert "\\ud800" in path.read_text()
     finetune(sni, start, tmp_path / "run", "--steps", 1)
     assert "out ?" in (tmp_path / "run" / "predictions.jsonl").read_text()
@@ -700,6 +733,11 @@ def test_a_recipe_that_makes_no_sense_is_refused(wrong):
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, sni, start, spiece):
     tiny_t5(vocab_size=64).save_pretrained(start)
     with pytest.raises(SystemExit, match="tokens, the model only 64"):
+        finetune(sni, start, tmp_path / "run", "--steps", 1)
+    few = json.loads(toy_tokenizer().to_str())
+    few["model"]["vocab"] = {"<pad>": 0, "</s>": 1, "<unk>": 2, "the": 64}  # few enough, but one id is too high
+    (start / "tokenizer.json").write_text(json.dumps(few))
+    with pytest.raises(SystemExit, match="has 65 tokens, the model only 64"):
         finetune(sni, start, tmp_path / "run", "--steps", 1)
 
 
