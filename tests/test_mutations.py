@@ -478,7 +478,7 @@ CRAFTED = [
     ("training-3.pt", state_with(position=(0, -1)), "where 3 steps do not lead"),
     ("training-3.pt", state_with(position=6), "does not say where in its data"),
     ("training-3.pt", state_with(losses=[None]), "not the training state of this run"),
-    ("training-3.pt", state_with(random=torch.zeros(9, dtype=torch.uint8)), "not the training state of this run"),
+    ("training-3.pt", state_with(streams=[(torch.zeros(9, dtype=torch.uint8), None)]), "not the training state of this run"),
     ("training-3.pt", state_with(optimizer={"state": {}}), "of another model"),
     ("pytorch_model.bin", repeated_numbers(zipped=True), "fewer numbers than its shape"),
     ("pytorch_model.bin, legacy", repeated_numbers(zipped=False), "fewer numbers than its shape"),
