@@ -322,10 +322,17 @@ class PromptFormat:
     """Text of a task as a model reads it; how long it may be, and how many examples of the task it shows."""
 
     def __init__(
-        self, tokenizer: Tokenizer, examples: int = 0, max_instruction: int = 1024, max_input: int = 1024
+        self,
+        tokenizer: Tokenizer,
+        examples: int = 0,
+        max_instruction: int = 1024,
+        max_input: int = 1024,
+        tasks: Sequence[str] = (),
     ) -> None:
+        """`tasks`: the names of those that the model is trained on."""
         self.tokenizer, self.examples = tokenizer, examples
         self.max_instruction, self.max_input = max_instruction, max_input
+        self.trained = {name: number for number, name in enumerate(tasks)}
 
     def __call__(self, task: Task) -> list[tuple[list[int], list[int]]]:
         """(instruction ids, input ids) of each instance of a task; all of them share one list as the instruction."""
@@ -398,6 +405,30 @@ class NoInstructFormat(PromptFormat):
 
     def __call__(self, task: Task) -> list[tuple[list[int], list[int]]]:
         return [(NOTHING, ids) for ids in self._bare_inputs(task)]
+
+
+class TaskNumberFormat(PromptFormat):
+    """What a Hyperformer reads: the number of a task, which is no text but a row of its table, and the bare input.
+
+    A task that it was not trained on has a number in `fitted`, once there is an embedding for it.
+    """
+
+    fitted: dict[str, int] = {}
+
+    def __call__(self, task: Task) -> list[tuple[list[int], list[int]]]:
+        number = [{**self.trained, **self.fitted}[task.name]]
+        return [(number, ids) for ids in self._bare_inputs(task)]
+
+    def shots(self, tasks: Sequence[Task]) -> list[Ids]:
+        """The positive examples of tasks, as many as are shown of each, as if they were instances."""
+        return [
+            Ids([self.fitted[task.name]], cut(source.ids, self.max_input), target.ids)
+            for task in tasks
+            for source, target in zip(
+                self.tokenizer.encode_batch([example.input for example in task.examples[: self.examples]]),
+                self.tokenizer.encode_batch([example.output for example in task.examples[: self.examples]]),
+            )
+        ]
 
 
 def _example(number: int, example: Example) -> str:

@@ -4,28 +4,32 @@
                                             |                                    |
           input --> T5 encoder with them ---+--> [instruction states ; input states] --> T5 decoder with them --> answer
 
+What the paper compares it with are other values of `HINTConfig`, or a `PlainT5`.
+
 Axes: B examples, U distinct instructions, Li instruction tokens, S input tokens, T target tokens, d model.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from hypernet import ColumnGenerator
+from hypernet import GENERATORS, HYPERENCODERS, HINTConfig
 from t5 import (
     T5,
     Adapter,
     CheckpointError,
     KeyValue,
     LayerModules,
+    LoRA,
     Loss,
     Modules,
+    SerialAdapter,
     Source,
     T5Config,
     check_sizes,
@@ -38,28 +42,6 @@ from t5 import (
     replacing,
     save_folder,
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HINTConfig:
-    """Sizes of what is generated (section 4, after He et al., 2022); one pair of values for all sizes of T5."""
-
-    bottleneck: int = 512  # r, hidden width of each adapter
-    prefix_length: int = 30  # P, generated keys and values of each attention
-    generator_dropout: float = 0.1  # in the generating networks; the authors' code has 0.1 whatever T5 has
-    embedding_scale: float = 1.0  # column embeddings begin with a std of this times d^-0.5, the authors' value
-
-    def __post_init__(self) -> None:
-        bounds = {
-            "bottleneck": (int, 1, 1e5),
-            "prefix_length": (int, 1, 1e5),
-            "generator_dropout": (float, 0, 0.99),
-            "embedding_scale": (float, 0, 1e3),
-        }
-        for name, (kind, least, most) in bounds.items():
-            value = getattr(self, name)
-            if type(value) not in (int, kind) or not least <= value <= most:
-                raise CheckpointError(f"{name} must be from {least} to {most:g}, not {value!r:.40}")
 
 
 class EncodedTask(NamedTuple):
@@ -85,7 +67,7 @@ class EncodedTask(NamedTuple):
     @classmethod
     def load(cls, path: str | os.PathLike) -> EncodedTask:
         """Read a kept task, to the CPU. Nothing in the file is executed. Raises CheckpointError."""
-        with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, Adapter, KeyValue]):
+        with torch.serialization.safe_globals([EncodedTask, Modules, LayerModules, *_SHAPES]):
             task = read_pickle(path)
         tensors: list[Tensor] = []
         try:
@@ -97,21 +79,30 @@ class EncodedTask(NamedTuple):
         return map_tensors(torch.clone, task)  # the file may change
 
 
+_SHAPES = {  # of what a layer may be given, in the axes of t5.py; a letter means the same size in all tensors of a part
+    Adapter: ("Bdr", "B1r", "Brd", "B1d"),
+    KeyValue: ("BhPk", "BhPk"),
+    LoRA: ("Bdr", "BrI", "Bdr", "BrI"),
+    SerialAdapter: ("Bdr", "B1r", "Brd", "B1d", "B1d", "B1d"),
+}
+
+
 def _check_shapes(task: EncodedTask) -> None:
     """The shapes of what a file holds must be those of one task. Raises whatever a wrong part leads to."""
     batch, length, d_model = task.states.shape
-    wrong = not isinstance(task, EncodedTask) or task.attention_mask.shape != (batch, length)
-    for adapter, *prefixes in (*task.modules.encoder, *task.modules.decoder):
-        if adapter is not None:
-            r = adapter.down.shape[2]
-            shapes = [(batch, d_model, r), (batch, 1, r), (batch, r, d_model), (batch, 1, d_model)]
-            wrong |= [part.shape for part in adapter] != shapes
-        for prefix in prefixes:
-            if prefix is not None:
-                _, heads, columns, width = prefix.key.shape
-                wrong |= [part.shape for part in prefix] != [(batch, heads, columns, width)] * 2
-    if wrong:
-        raise ValueError("parts that do not fit together")
+    if not isinstance(task, EncodedTask) or task.attention_mask.shape != (batch, length):
+        raise ValueError("no task")
+    kinds = get_type_hints(LayerModules)
+    for layer in (*task.modules.encoder, *task.modules.decoder):
+        for part, kind in zip(layer, kinds.values(), strict=True):
+            if part is None:
+                continue
+            if type(part) not in get_args(kind):
+                raise ValueError("a part in the place of another")
+            sizes = {"B": batch, "d": d_model, "1": 1}
+            for tensor, axes in zip(part, _SHAPES[type(part)], strict=True):
+                if any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, tensor.shape, strict=True)):
+                    raise ValueError("parts that do not fit together")
 
 
 class HINT(nn.Module):
@@ -124,17 +115,29 @@ class HINT(nn.Module):
         super().__init__()
         self.config = config
         self.t5 = t5
-        self.hypernetwork = ColumnGenerator(t5.config, **asdict(config))
+        hyperencoder = HYPERENCODERS[config.hyperencoder]
+        self.hyperencoder = hyperencoder and hyperencoder(t5, config)
+        self.hypernetwork = GENERATORS[config.generator](t5, config)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self._trains(name))
+
+    def _trains(self, name: str) -> bool:
+        """Whether a parameter trains, by its name: in HINT all of them do."""
+        is_norm = "norm" in name and self.config.trains == "hypernetwork+norms"
+        return self.config.trains == "all" or is_norm or not name.startswith("t5.")
 
     def encode_instruction(self, instruction_ids: Tensor, attention_mask: Tensor | None = None) -> EncodedTask:
         """Read instructions [B, Li], once: hyperencoder and generator (section 3.1).
 
         The hyperencoder is T5's own encoder with no modules inserted. The authors' code lets it attend to padding,
-        so that a task depends on the padded length; here padding is masked.
+        so that a task depends on the padded length; here padding is masked. Without fusion no states are kept.
         """
         mask = padding_mask(instruction_ids) if attention_mask is None else attention_mask
-        states = self.t5.encode(instruction_ids, mask)
-        return EncodedTask(self.hypernetwork(states, mask), states, mask)
+        states = (self.hyperencoder or self.t5.encode)(instruction_ids, mask)
+        modules = self.hypernetwork(states, mask)
+        if not self.config.fusion:
+            states, mask = states.new_zeros(len(states), 0, self.t5.config.d_model), mask[:, :0]
+        return EncodedTask(modules, states, mask)
 
     def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
         """Instructions [B, Li], inputs [B, S] and labels [B, T] of a mixed-task batch -> its loss (section 3.3).
@@ -143,7 +146,8 @@ class HINT(nn.Module):
         gradient is that of encoding it for each of them; with dropout they share one draw. The work is less.
         """
         distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)  # [U, Li], [B]
-        task = self.encode_instruction(distinct).rows(example_of)
+        task = self.encode_instruction(distinct)
+        task = task if len(distinct) == 1 else task.rows(example_of)  # one task serves all examples as it is
         return self.t5.loss(labels, self._fuse(task, input_ids), task.modules)
 
     def _fuse(self, task: EncodedTask, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Source]:

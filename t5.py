@@ -1,8 +1,9 @@
 """T5 (Raffel et al., 2020), the underlying model of HINT, in torch alone.
 
-A plain encoder-decoder, with two places in every layer where weights that are made for one example can be
-put: a *prefix*, keys and values that stand before those of the real tokens, and an *adapter* parallel to the
-feed-forward layer. This file knows nothing of the network that writes them.
+A plain encoder-decoder, with places in every layer where weights that are made for one example can be put: a
+*prefix*, keys and values that stand before those of the real tokens, and an *adapter* parallel to the feed-forward
+layer; and, for what HINT is compared with, LoRA and adapters behind a sublayer. This file knows nothing of the
+networks that write them.
 
 Axes: B batch, S source, T target, d model, f feed-forward, h heads, k per head, I = h*k, r bottleneck,
 P prefix, L layers, V vocabulary.
@@ -105,7 +106,8 @@ def _check_field(name: str, kind: str, value: object) -> None:
         raise CheckpointError(f"{name} must be true or false, not {value!r:.40}")
 
 
-SIZES = {  # T5 v1.1 and LM-adapt as published (3.0 billion parameters are called xl, 11 billion xxl), and one for a CPU
+SIZES = {  # T5 v1.1 and LM-adapt as published (3.0 billion parameters are called xl, 11 billion xxl), and two for a CPU
+    "toy": T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=1, num_heads=4),
     "tiny": T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=4),
     "small": T5Config(),
     "base": T5Config(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12),
@@ -146,12 +148,40 @@ class Adapter(NamedTuple):
         return hidden @ up + self.up_bias  # [B, S, d]
 
 
+class LoRA(NamedTuple):
+    """Low-rank changes of W_q and W_v of one attention (Hu et al., 2022): x (W + down up)."""
+
+    query_down: Tensor  # [B or 1, d, r]
+    query_up: Tensor  # [B or 1, r, I]
+    value_down: Tensor  # [B or 1, d, r]
+    value_up: Tensor  # [B or 1, r, I]
+
+
+class SerialAdapter(NamedTuple):
+    """A bottleneck behind a sublayer, as Hyperformer has it: y + LN(gelu(y W_down + b_down) W_up + b_up)."""
+
+    down: Tensor  # [B or 1, d, r]
+    down_bias: Tensor  # [B or 1, 1, r]
+    up: Tensor  # [B or 1, r, d]
+    up_bias: Tensor  # [B or 1, 1, d]
+    norm_scale: Tensor  # [B or 1, 1, d], generated too: the norm is that of one task, place and layer
+    norm_shift: Tensor  # [B or 1, 1, d]
+
+    def __call__(self, y: Tensor) -> Tensor:  # [B, S, d]
+        changed = Adapter(*self[:4])(y)
+        return y + F.layer_norm(changed, changed.shape[-1:]) * self.norm_scale + self.norm_shift
+
+
 class LayerModules(NamedTuple):
     """What one layer is given. Every part may be absent."""
 
     adapter: Adapter | None = None
     prefix: KeyValue | None = None  # of the self-attention
     cross_prefix: KeyValue | None = None  # of the cross-attention, decoder only
+    lora: LoRA | None = None  # of the self-attention
+    cross_lora: LoRA | None = None  # of the cross-attention, decoder only
+    after_attention: SerialAdapter | None = None  # behind the self-attention
+    after_feed_forward: SerialAdapter | None = None
 
 
 class Source(NamedTuple):
@@ -282,6 +312,11 @@ class Unpadded(Padded):
         return zeros.index_copy(0, self.places, x).unflatten(0, self.shape)
 
 
+def through(module: Callable[[Tensor], Tensor] | None, x: Tensor, layout: Padded) -> Tensor:
+    """x [B, S, d] or [N, d] through a module of each example; where there is none, x as it is."""
+    return x if module is None else layout.tokens(module(layout.rows(x)))
+
+
 def layout_of(mask: Tensor) -> Padded:
     """How to hold a batch whose real tokens are where the mask [B, S] is not zero."""
     return Padded() if mask.all() else Unpadded(mask)
@@ -290,13 +325,13 @@ def layout_of(mask: Tensor) -> Padded:
 def attend(
     query: Tensor, parts: Sequence[KeyValue], bias: Tensor, dropout: Callable[[Tensor], Tensor] = nn.Identity()
 ) -> Tensor:
-    """Attention as T5 has it: scores are not divided by sqrt(k), the softmax is taken in fp32.
+    """Attention as T5 has it: scores are not divided by sqrt(k). (Softmax is taken in fp32 inside, whatever its type.)
 
     query [B, h, T, k]; keys and values in parts [B or 1, h, S_i, k] that are read as if they were one, S long;
     bias broadcastable to [B, h, T, S] -> [B, h, T, k]
     """
     scores = _joined([_product(query, part.key.transpose(-1, -2)) for part in parts]) + bias  # [B, h, T, S]
-    weights = dropout(scores.float().softmax(dim=-1).type_as(query))
+    weights = dropout(scores.softmax(dim=-1).type_as(query))
     lengths = [part.key.shape[2] for part in parts]
     return sum(_product(weight, part.value) for weight, part in zip(weights.split(lengths, dim=-1), parts))
 
@@ -330,13 +365,21 @@ class Attention(nn.Module):
         """[B, S, I] -> [B, h, S, k]"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def project(self, states: Tensor, layout: Padded = Padded()) -> KeyValue:
+    def project(self, states: Tensor, layout: Padded = Padded(), lora: LoRA | None = None) -> KeyValue:
         """Keys and values of the states [B, S, d], or [N, d] of the real tokens alone."""
-        return KeyValue(self.split(layout.rows(self.k(states))), self.split(layout.rows(self.v(states))))
+        value = layout.rows(self.v(states))
+        if lora is not None:
+            value = value + layout.rows(states) @ lora.value_down @ lora.value_up
+        return KeyValue(self.split(layout.rows(self.k(states))), self.split(value))
 
-    def forward(self, x: Tensor, parts: Sequence[KeyValue], bias: Tensor, layout: Padded = Padded()) -> Tensor:
+    def forward(
+        self, x: Tensor, parts: Sequence[KeyValue], bias: Tensor, layout: Padded = Padded(), lora: LoRA | None = None
+    ) -> Tensor:
         """x [B, T, d] asks, keys and values answer -> [B, T, d]; or [N, d] each"""
-        mixed = attend(self.split(layout.rows(self.q(x))), parts, bias, self.dropout)  # [B, h, T, k]
+        query = layout.rows(self.q(x))
+        if lora is not None:
+            query = query + layout.rows(x) @ lora.query_down @ lora.query_up
+        mixed = attend(self.split(query), parts, bias, self.dropout)  # [B, h, T, k]
         return self.o(layout.tokens(mixed.transpose(1, 2).flatten(2)))
 
 
@@ -398,20 +441,23 @@ class Block(nn.Module):
     ) -> Tensor:  # fmt: skip
         """x [B, T, d] or [N, d] -> the same. A decoder layer also reads the sources, or the cache made of them."""
         u = self.self_attention_norm(x)
-        own = self.self_attention.project(u, layout)
+        own = self.self_attention.project(u, layout, modules.lora)
         own = cache.extend(own) if cache else own.after(modules.prefix)
-        x = x + self.dropout(self.self_attention(u, [own], bias, layout))
+        y = self.self_attention(u, [own], bias, layout, modules.lora)
+        x = x + self.dropout(through(modules.after_attention, y, layout))
         if source_bias is not None:
             parts = cache.sources if cache else self.project_sources(sources, modules)
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), parts, source_bias, layout))
+            u = self.cross_attention_norm(x)
+            x = x + self.dropout(self.cross_attention(u, parts, source_bias, layout, modules.cross_lora))
         u = self.feed_forward_norm(x)
-        x = x + self.dropout(self.feed_forward(u))
-        return x if modules.adapter is None else x + layout.tokens(modules.adapter(layout.rows(u)))
+        y = self.feed_forward(u)
+        x = x + self.dropout(through(modules.after_feed_forward, y, layout))
+        return x if modules.adapter is None else x + through(modules.adapter, u, layout)
 
     def project_sources(self, sources: Sequence[Source], modules: LayerModules) -> list[KeyValue]:
         """The keys and values that the cross-attention reads: of the prefix, [B or 1, h, P, k], and of each source."""
         prefix = [] if modules.cross_prefix is None else [modules.cross_prefix]
-        return prefix + [self.cross_attention.project(source.states) for source in sources]
+        return prefix + [self.cross_attention.project(source.states, lora=modules.cross_lora) for source in sources]
 
 
 class Stack(nn.Module):
@@ -459,10 +505,10 @@ class T5(nn.Module):
         self.encoder = Stack(config, is_decoder=False)
         self.decoder = Stack(config, is_decoder=True)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.apply(self._initialise)
+        self.apply(self.initialise)
 
-    def _initialise(self, module: nn.Module) -> None:
-        """Fan-in scaling; W_q also takes the 1/sqrt(k) that T5's scores lack.
+    def initialise(self, module: nn.Module) -> None:
+        """Draw the weights of one module: fan-in scaling; W_q also takes the 1/sqrt(k) that T5's scores lack.
 
         The relative bias begins larger than the d^-0.5 of transformers: Adafactor steps in proportion to a parameter's
         size, and a draft of the toy world was learned worse with the smaller one (README).
@@ -573,10 +619,6 @@ class T5(nn.Module):
             caches.append(LayerCache(own, layer.prefix, parts))
         return caches
 
-    def set_gradient_checkpointing(self, on: bool) -> None:
-        """Trade a second forward pass of each block for the memory of its insides; the gradient is the same."""
-        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = on
-
     @classmethod
     def from_pretrained(cls, name_or_dir: str | os.PathLike) -> T5:
         """A T5 of the hub, by its public name or from a folder, in fp32 and eval mode.
@@ -603,6 +645,13 @@ class T5(nn.Module):
         kind = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "decoder_start_token_id": START}
         tensors = {public_name(name): parameter for name, parameter in self.named_parameters()}
         save_folder(folder, {**kind, **asdict(self.config), **(notes or {})}, tensors, metadata or {})
+
+
+def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
+    """Trade a second forward pass of each block for the memory of its insides; the gradient is the same."""
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.gradient_checkpointing = on
 
 
 def source_bias(sources: Sequence[Source]) -> Tensor:
@@ -736,7 +785,8 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], name_in_file: Callable[[s
         owner, _, leaf = own_name.rpartition(".")
         if not tensors[name].is_floating_point():
             raise CheckpointError(f"{source}: {name} does not hold floating-point numbers")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensors[name].to(torch.float32, copy=True)))
+        module, tensor = model.get_submodule(owner), tensors[name].to(torch.float32, copy=True)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=getattr(module, leaf).requires_grad))
 
 
 def _few(names: Iterable[str]) -> str:

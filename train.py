@@ -33,6 +33,7 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,7 @@ from data import (
     PromptFormat,
     Shuffled,
     Task,
+    TaskNumberFormat,
     TkInstructFormat,
     ToyWorld,
     collate,
@@ -69,6 +71,7 @@ from data import (
     valid,
 )  # fmt: skip
 from hint import HINT, HINTConfig, PlainT5, load_model
+from hypernet import CHOICES
 from t5 import (
     SIZES,
     T5,
@@ -82,6 +85,7 @@ from t5 import (
     read_metadata,
     read_pickle,
     replacing,
+    set_gradient_checkpointing,
 )
 
 
@@ -186,11 +190,39 @@ DEMO = Recipe(
     learning_rate=0.03, warmup=100, final_rate=0.05,  # the paper's 1e-3 is for a pretrained model
     dropout=0.0, max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000,
 )  # fmt: skip
-DEMO_T5 = T5Config(d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=1, dropout_rate=0.0)
+DEMO_T5 = replace(SIZES["toy"], dropout_rate=0.0)
 DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0, embedding_scale=8.0)
 # There are no tasks in pretraining, and --max-input is the length of a whole segment.
 NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")
-SYSTEMS = {"hint": HINTFormat, "tk-instruct": TkInstructFormat, "no-instruct": NoInstructFormat}
+
+
+class System(NamedTuple):
+    """What a name of `--system` stands for: the texts that a model reads, and its hypernetwork, if it has one."""
+
+    prompts: type[PromptFormat]
+    hypernetwork: dict | None  # fields of HINTConfig that are not the defaults; None: T5 alone
+
+
+_HYPERFORMER = {"fusion": False, "hyperencoder": "table", "trains": "hypernetwork+norms", "bottleneck": 24}
+SYSTEMS = {
+    "hint": System(HINTFormat, {}),
+    "tk-instruct": System(TkInstructFormat, None),
+    "tk-instruct+peft": System(TkInstructFormat, {"generator": "direct", "fusion": False}),
+    "no-instruct": System(NoInstructFormat, None),
+    "hyperformer": System(TaskNumberFormat, {**_HYPERFORMER, "generator": "hyperformer"}),
+    "hyperformer++": System(TaskNumberFormat, {**_HYPERFORMER, "generator": "hyperformer++"}),
+    "hyperformer++-instruction": System(
+        HINTFormat, {**_HYPERFORMER, "generator": "hyperformer++", "hyperencoder": "tied"}
+    ),
+    "hypter": System(HINTFormat, {"generator": "pooled", "modules": "adapters", "fusion": False, "bottleneck": 8}),
+    "hypertune": System(
+        HINTFormat,
+        {
+            "generator": "decoder", "modules": "prefixes", "fusion": False, "hyperencoder": "own",
+            "trains": "hypernetwork",
+        },
+    ),
+}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- several processes
@@ -260,7 +292,8 @@ def spread(model: nn.Module, shard: bool, device: torch.device) -> nn.Module:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nothing writes into what is returned
     generator = [model.hypernetwork] if isinstance(model, HINT) else []
     for part in (*model.t5.encoder.blocks, *model.t5.decoder.blocks, *generator):
-        fully_shard(part)
+        if list(part.parameters()):
+            fully_shard(part)
     return fully_shard(model)
 
 
@@ -463,7 +496,7 @@ def train(
     run.begin()
     write(run.out / "tokenizer.json", tokenizer.to_str())  # the folder must answer without any other
     model.train()
-    model.t5.set_gradient_checkpointing(recipe.gradient_checkpointing)
+    set_gradient_checkpointing(model, recipe.gradient_checkpointing)
     optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
     if rank() > 0:
         torch.manual_seed(recipe.seed + rank())  # its own dropout; weights and data have been drawn
@@ -569,7 +602,8 @@ def adafactor(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     1e-18 is neither. PyTorch also keeps the rate below 1/sqrt(step), which bites above 0.03 in a thousand steps.
     """
     kind = ShardedAdafactor if isinstance(model, FSDPModule) else torch.optim.Adafactor
-    return kind(model.parameters(), lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return kind(trained, lr=rate, beta2_decay=-0.8, eps=(1e-18, 1e-3), d=1.0, weight_decay=0.0)
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -703,9 +737,10 @@ class Answerer:
     """A model with its prompt format: tasks in, texts out. Each instruction is read once."""
 
     def __init__(
-        self, model: nn.Module, prompts: PromptFormat, max_new_tokens: int, batch_size: int, precision: str
-    ) -> None:
-        self.model, self.prompts = model, prompts
+        self, model: nn.Module, prompts: PromptFormat, max_new_tokens: int, batch_size: int, precision: str,
+        system: str = "hint",
+    ) -> None:  # fmt: skip
+        self.model, self.prompts, self.system = model, prompts, system
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.device, self.context = device_and_precision(precision)
 
@@ -729,6 +764,8 @@ class Answerer:
     def predictions(self, tasks: Iterable[Task]) -> list[dict]:
         """One row for each instance: id, task, prediction, references. Processes share the tasks, and get all rows."""
         tasks = list(tasks)
+        if isinstance(self.prompts, TaskNumberFormat):
+            fit_new_tasks(self.model, tasks, self.prompts, self.device, self.context)
         often = 0.5 if sys.stderr.isatty() else 10
         bar = tqdm(tasks[rank() :: world()], "answering", mininterval=often, leave=False, disable=rank() > 0)
         self.model.to(self.device)
@@ -742,6 +779,37 @@ class Answerer:
             {"id": instance.id, "task": task.name, "prediction": answer, "references": list(instance.references)}
             for instance, answer in zip(task.instances, self.answers(task))
         ]
+
+
+FIT_STEPS, FIT_RATE, FIT_TOKENS = 50, 0.1, 16384  # of Adam, for new task embeddings, which have a size of about 1
+
+
+def fit_new_tasks(
+    model: HINT, tasks: Sequence[Task], prompts: TaskNumberFormat, device: torch.device, context: Callable
+) -> None:
+    """Give each task that a Hyperformer has not been trained on an embedding: fitted to its positive examples, as many
+    as the prompts show, with all else frozen (Karimi Mahabadi et al., few-shot domain generalization).
+
+    All new tasks are fitted at once, from the mean of those trained. Raises RunError where there is no example.
+    """
+    new = [task for task in tasks if task.name not in prompts.trained]
+    prompts.fitted = {task.name: len(prompts.trained) + number for number, task in enumerate(new)}
+    if not new:
+        return
+    if empty := [task.name for task in new if not task.examples[: prompts.examples]]:
+        raise RunError(f"{empty[0]}: was not trained on, and has no example to fit an embedding to; see --examples")
+    table = model.to(device).eval().hyperencoder
+    table.fitted = table.weight.detach().mean(0).repeat(len(new), 1).requires_grad_()
+    optimizer = torch.optim.Adam([table.fitted], lr=FIT_RATE)
+    parts = [to(device, collate(part)) for part in microbatches(prompts.shots(new), FIT_TOKENS)]
+    for _ in range(FIT_STEPS):
+        optimizer.zero_grad()
+        for part in parts:
+            with context():
+                loss = model(*part).cross_entropy
+            (table.fitted.grad,) = torch.autograd.grad(loss, [table.fitted])
+            optimizer.step()
+    table.fitted = table.fitted.detach()
 
 
 def scores(rows: Sequence[dict]) -> dict[str, float]:
@@ -857,8 +925,8 @@ def first_free(name: str) -> str:
 def pretrain(arguments: argparse.Namespace) -> None:
     """Pretrain on plain text: the hypernetwork reads the beginning, T5 the middle, and the end is the answer."""
     recipe = recipe_of(arguments)
-    run = Run(arguments.out, {**settings_of(arguments, recipe), "system": "hint", "examples": 0}, arguments.resume)
-    model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
+    run = Run(arguments.out, {**settings_of(arguments, recipe), "examples": 0}, arguments.resume)
+    model, tokenizer = model_and_tokenizer(arguments, recipe, run)
     position = run.state["position"] or (0, 0)
     source = PretrainingChunks(
         arguments.corpus, tokenizer, recipe.max_input, recipe.seed, position, arguments.skip_bad_lines
@@ -874,8 +942,10 @@ def finetune(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     run = Run(arguments.out, settings_of(arguments, recipe), arguments.resume)
     tasks = {split: load_tasks(arguments.data, split, arguments.max_instances) for split in ("train", "test")}
-    model, tokenizer = model_and_tokenizer(arguments, recipe, run, arguments.system)
-    prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe)
+    names = [task.name for task in tasks["train"]] if SYSTEMS[arguments.system].prompts is TaskNumberFormat else []
+    run.settings["tasks"] = names
+    model, tokenizer = model_and_tokenizer(arguments, recipe, run, tasks=len(names))
+    prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe, names)
     examples = encode_tasks(tasks["train"], prompts, recipe.max_target, recipe.seed)
     source = Shuffled(examples, recipe.seed, run.state["position"] or 0, recipe.group, tasks["train"])
 
@@ -897,7 +967,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     run = Run(arguments.out, settings_of(arguments))
     tasks = load_tasks(arguments.data, arguments.split, arguments.max_instances)
     answerer = answerer_of(arguments)
-    run.settings |= {"system": system_of(answerer.prompts), "examples": answerer.prompts.examples}
+    run.settings |= {"system": answerer.system, "examples": answerer.prompts.examples}
     run.begin()
     report(by_task(answerer.predictions(tasks)), run.out)
 
@@ -936,83 +1006,121 @@ def settings_of(arguments: argparse.Namespace, recipe: Recipe | None = None) -> 
     return {**given, **(asdict(recipe) if recipe else {})}
 
 
-def system_of(prompts: PromptFormat) -> str:
-    """The name of a prompt format."""
-    return next(name for name, kind in SYSTEMS.items() if type(prompts) is kind)
-
-
-def prompt_format(system: str, tokenizer: Tokenizer, examples: int, recipe: Recipe) -> PromptFormat:
-    """The text of a system, with the examples and lengths of a run."""
-    return SYSTEMS[system](tokenizer, examples, recipe.max_instruction, recipe.max_input)
+def prompt_format(
+    system: str, tokenizer: Tokenizer, examples: int, recipe: Recipe, tasks: Sequence[str] = ()
+) -> PromptFormat:
+    """The texts of a system, with the examples, lengths and training tasks of a run."""
+    return SYSTEMS[system].prompts(tokenizer, examples, recipe.max_instruction, recipe.max_input, tasks)
 
 
 def model_and_tokenizer(
-    arguments: argparse.Namespace, recipe: Recipe, run: Run, system: str
+    arguments: argparse.Namespace, recipe: Recipe, run: Run, tasks: int = 0
 ) -> tuple[nn.Module, Tokenizer]:
-    """The model that a run starts from: its own checkpoint, a folder or public name, or fresh weights of a size."""
+    """The model that a run starts from: its own checkpoint, a folder or public name, or fresh weights of a size.
+
+    `tasks`: how many a table of task embeddings is for.
+    """
     torch.manual_seed(recipe.seed)
     start = run.out if run.step else arguments.start
     if start is None and arguments.tokenizer is None:
         raise RunError("--size starts from fresh weights and has no tokenizer of its own; name one with --tokenizer")
     tokenizer = load_tokenizer(arguments.tokenizer or start)
-    model = load_model(start) if start else PlainT5(T5(SIZES[arguments.size]))
-    given = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if system != "hint":
-        if isinstance(model, HINT):
-            raise RunError(f"{start}: is a HINT model, which cannot become --system {system}")
-    elif isinstance(model, HINT):
-        kept = {name: getattr(model.config, name) for name in given if name != "generator_dropout"}
-        if changed := [name for name, value in kept.items() if given[name] != value]:
-            raise RunError(
-                f"{start}: has a hypernetwork already, whose {changed[0]} of {kept[changed[0]]} cannot be changed"
-            )
-        model.config = replace(model.config, **given)
-    else:
-        model = HINT(model.t5, HINTConfig(**given))
+    model = load_model(start) if start else PlainT5(T5(size_for(arguments.size, tokenizer)))
+    model = with_hypernetwork(model, arguments, tasks, start)
     check_vocabulary(tokenizer, model, arguments.tokenizer or start)
     set_dropout(model, recipe.dropout)
     return model, tokenizer
 
 
+def size_for(size: str, tokenizer: Tokenizer) -> T5Config:
+    """A size of T5 with a row for every token, and as many more as make a multiple of 128 (as published: 32,128)."""
+    return replace(SIZES[size], vocab_size=math.ceil(tokens_of(tokenizer) / 128) * 128)
+
+
+def with_hypernetwork(
+    model: HINT | PlainT5, arguments: argparse.Namespace, tasks: int, start: object
+) -> HINT | PlainT5:
+    """A model as what `--system` says. A hypernetwork that it has already stays as it is. Raises RunError."""
+    preset = SYSTEMS[arguments.system].hypernetwork
+    if preset is None:
+        if isinstance(model, HINT):
+            raise RunError(f"{start}: is a HINT model, which cannot become --system {arguments.system}")
+        return model
+    given = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig) if hasattr(arguments, item.name)}
+    given = {"tasks": tasks, **{name: value for name, value in given.items() if value is not None}}
+    if not isinstance(model, HINT):
+        return HINT(model.t5, HINTConfig(**{**preset, **given}))
+    fixed = {name: value for name, value in {**preset, **given}.items() if name != "generator_dropout"}
+    if "bottleneck" not in given:  # that of a preset is for a new hypernetwork
+        fixed.pop("bottleneck", None)
+    for name, value in fixed.items():
+        if (found := getattr(model.config, name)) != value:
+            raise RunError(f"{start}: has a hypernetwork already, whose {name} of {found} cannot be changed")
+    if "generator_dropout" in given:
+        model.config = replace(model.config, generator_dropout=given["generator_dropout"])
+    return model
+
+
+def tokens_of(tokenizer: Tokenizer) -> int:
+    """How many ids a tokenizer may give."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocabulary(tokenizer: Tokenizer, model: nn.Module, source: object) -> None:
     """A model must have an embedding for every token, up to the highest id; `source` is where the tokenizer is from."""
-    tokens, rows = max(tokenizer.get_vocab().values()) + 1, model.t5.config.vocab_size
+    tokens, rows = tokens_of(tokenizer), model.t5.config.vocab_size
     if tokens > rows:
         raise RunError(f"{source}: its tokenizer has {tokens:,} tokens, the model only {rows:,}")
 
 
-def notes_of_run(found: dict) -> tuple[str | None, int, Recipe]:
-    """System, examples and recipe of a run out of the `config.json` that it wrote; of a public model, the defaults."""
+class Notes(NamedTuple):
+    """What a run's `config.json` tells of how it was trained; of a public model, the defaults."""
+
+    system: str | None
+    examples: int
+    tasks: list[str]  # the rows of a table of task embeddings
+    recipe: Recipe
+
+
+def notes_of_run(found: dict) -> Notes:
+    """The notes in a `config.json`. Raises CheckpointError."""
     notes = found.get("run", {})
     if not isinstance(notes, dict):
         raise CheckpointError("its run is not an object")
-    system, examples = notes.get("system"), notes.get("examples", 0)
+    system, examples, tasks = notes.get("system"), notes.get("examples", 0), notes.get("tasks", [])
     if system not in (None, *SYSTEMS) or type(examples) is not int or examples < 0:
         raise CheckpointError(
             f"its run has a system {system!r:.40} and {examples!r:.40} examples, which makes no sense"
         )
+    if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
+        raise CheckpointError("its run has tasks that are no list of names")
     try:
         recipe = Recipe(**{item.name: notes[item.name] for item in fields(Recipe) if item.name in notes})
     except RunError as error:
         raise CheckpointError(f"its run makes no sense ({error})") from None
-    return system, examples, recipe
+    return Notes(system, examples, tasks, recipe)
 
 
 def answerer_of(arguments: argparse.Namespace) -> Answerer:
     """A saved model with the prompt format that it was trained on, where its `config.json` tells that."""
     model = load_model(arguments.model)
-    trained_as, examples, recipe = read_config(arguments.model, notes_of_run)
-    system = "hint" if isinstance(model, HINT) else arguments.system or trained_as or "tk-instruct"
-    if (system == "hint") != isinstance(model, HINT) or arguments.system not in (None, system):
-        raise RunError(
-            f"--system {arguments.system}: {arguments.model} is {'' if isinstance(model, HINT) else 'not '}a HINT model"
-        )
+    notes = read_config(arguments.model, notes_of_run)
+    generates = isinstance(model, HINT)
+    system = (notes.system or "hint") if generates else arguments.system or notes.system or "tk-instruct"
+    if (SYSTEMS[system].hypernetwork is not None) != generates or arguments.system not in (None, system):
+        what = f"a HINT model ({system})" if generates else "not a HINT model"
+        raise RunError(f"--system {arguments.system or system}: {arguments.model} is {what}")
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     check_vocabulary(tokenizer, model, arguments.tokenizer or arguments.model)
-    prompts = prompt_format(system, tokenizer, examples if arguments.examples is None else arguments.examples, recipe)
-    longest, precision = arguments.max_new_tokens or recipe.max_target, arguments.precision or recipe.precision
-    return Answerer(model, prompts, longest, arguments.eval_batch_size, precision)
+    examples = notes.examples if arguments.examples is None else arguments.examples
+    prompts = prompt_format(system, tokenizer, examples, notes.recipe, notes.tasks)
+    if generates and model.config.tasks != len(notes.tasks):
+        raise RunError(f"{arguments.model}: does not name the tasks that its embeddings are of")
+    longest, precision = (
+        arguments.max_new_tokens or notes.recipe.max_target,
+        arguments.precision or notes.recipe.precision,
+    )
+    return Answerer(model, prompts, longest, arguments.eval_batch_size, precision, system)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -1047,6 +1155,8 @@ def parser() -> Parser:
     command.add_argument(
         "--skip-bad-lines", action="store_true", help="leave out lines of a shard that hold no text, and say how many"
     )
+    reading = [name for name, system in SYSTEMS.items() if system.prompts is HINTFormat]
+    command.add_argument("--system", choices=reading, default="hint", help="HINT, or another that reads an instruction")
     add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
     command = add_command(commands, finetune)
     add_data_options(command)
@@ -1097,8 +1207,12 @@ def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str
     start.add_argument("--size", choices=SIZES, help="fresh weights of this size, in place of --start")
     command.add_argument("--tokenizer", help="folder, file or public name; that of --start without it")
     for item in fields(HINTConfig):
-        kind = float if item.type == "float" else int
-        command.add_argument(flag(item), type=kind, help=f"of a new hypernetwork (without it {item.default})")
+        text = f"of a new hypernetwork (without it that of --system: {item.default} for hint)"
+        if item.type == "bool":
+            command.add_argument(flag(item), action=argparse.BooleanOptionalAction, help=text)
+        elif item.name != "tasks":  # which the data tells
+            kind = {"int": int, "float": float, "str": str}[item.type]
+            command.add_argument(flag(item), type=kind, choices=CHOICES.get(item.name), help=text)
     for item in fields(Recipe):
         default, text = getattr(recipe, item.name), item.metadata["help"]
         if item.name in left_out:

@@ -5,8 +5,13 @@ import torch
 from conftest import random_ids, tiny_config, tiny_hint
 
 from hint import HINTConfig
-from hypernet import ColumnGenerator
-from t5 import SIZES
+from hypernet import GENERATORS, ColumnGenerator
+from t5 import SIZES, T5, T5Config
+
+
+def generator_of(kind: str, config: T5Config, **sizes):
+    """A generator of its own, without dropout unless asked for."""
+    return GENERATORS[kind](T5(config), HINTConfig(**{"generator_dropout": 0.0, **sizes}))
 
 
 def loop_from_the_paper(generator, config, states, mask):
@@ -32,7 +37,7 @@ def loop_from_the_paper(generator, config, states, mask):
 
 def test_every_generated_value_is_that_of_a_plain_loop():
     config = tiny_config()
-    generator = ColumnGenerator(config, bottleneck=5, prefix_length=4).eval()
+    generator = generator_of("columns", config, bottleneck=5, prefix_length=4).eval()
     states, mask = torch.randn(2, 7, config.d_model), torch.ones(2, 7)
     mask[1, 4:] = 0
     modules = generator(states, mask)
@@ -76,7 +81,7 @@ def test_parameter_counts_are_those_of_the_formula(size, bottleneck, prefix):
     """By hand, for h*k = d: embeddings of L adapters and A prefixes, the attention, six networks of two layers."""
     config = SIZES[size]
     with torch.device("meta"):
-        found = sum(p.numel() for p in ColumnGenerator(config, bottleneck, prefix).parameters())
+        found = sum(p.numel() for p in generator_of("columns", config, bottleneck=bottleneck, prefix_length=prefix).parameters())
     d, inner = config.d_model, config.num_heads * config.d_kv
     adapters, prefixes = 2 * config.num_layers, 3 * config.num_layers
     embeddings = (adapters * (2 * bottleneck + 2) + prefixes * 2 * prefix) * d
@@ -89,7 +94,7 @@ def test_parameter_counts_are_those_of_the_formula(size, bottleneck, prefix):
 def test_a_wider_adapter_costs_embeddings_and_no_wider_network():
     """ "Scaling Down Parameters": r columns cost r*d, where one embedding for the whole matrix would cost d*d*r."""
     config = tiny_config()
-    narrow, wide = (ColumnGenerator(config, bottleneck, 4) for bottleneck in (8, 64))
+    narrow, wide = (generator_of("columns", config, bottleneck=bottleneck, prefix_length=4) for bottleneck in (8, 64))
     assert wide.embeddings["adapter_up"].numel() == 8 * narrow.embeddings["adapter_up"].numel()
     for name in ("adapter_down", "adapter_up"):
         sizes = [sum(p.numel() for p in generator.networks[name].parameters()) for generator in (narrow, wide)]
@@ -98,7 +103,7 @@ def test_a_wider_adapter_costs_embeddings_and_no_wider_network():
 
 def test_fresh_weights_are_scaled_by_what_goes_into_them():
     """W_q also has the 1/sqrt(k) that the scores lack."""
-    generator = ColumnGenerator(tiny_config(d_model=256, d_kv=64), bottleneck=16, prefix_length=8)
+    generator = generator_of("columns", tiny_config(d_model=256, d_kv=64), bottleneck=16, prefix_length=8)
     wanted = {
         generator.attention.q: (256 * 64) ** -0.5,
         generator.attention.k: 256**-0.5,
@@ -112,18 +117,19 @@ def test_fresh_weights_are_scaled_by_what_goes_into_them():
 def test_each_size_and_rate_changes_what_is_generated():
     config, states, mask = tiny_config(), torch.randn(1, 7, 24), torch.ones(1, 7)
     for bottleneck, prefix in ((1, 9), (6, 2)):
-        layer = ColumnGenerator(config, bottleneck, prefix)(states, mask).decoder[0]
+        layer = generator_of("columns", config, bottleneck=bottleneck, prefix_length=prefix)(states, mask).decoder[0]
         assert layer.adapter.down.shape == (1, 24, bottleneck) and layer.adapter.up.shape == (1, bottleneck, 24)
         assert layer.adapter.down_bias.shape == (1, 1, bottleneck) and layer.adapter.up_bias.shape == (1, 1, 24)
         assert layer.prefix.key.shape == layer.cross_prefix.value.shape == (1, 3, prefix, 10)
+    t5 = T5(config)
     torch.manual_seed(1)
-    small = ColumnGenerator(config, 4, 3)
+    small = ColumnGenerator(t5, HINTConfig(4, 3))
     torch.manual_seed(1)
-    large = ColumnGenerator(config, 4, 3, embedding_scale=3.0)
+    large = ColumnGenerator(t5, HINTConfig(4, 3, embedding_scale=3.0))
     for name, embedding in small.embeddings.items():
         torch.testing.assert_close(large.embeddings[name], 3 * embedding)
     assert torch.cat([*small.embeddings.values()]).std().item() == pytest.approx(24**-0.5, rel=0.1)
-    generator = ColumnGenerator(config, 4, 3, HINTConfig().generator_dropout)
+    generator = ColumnGenerator(t5, HINTConfig(4, 3))
     twice = [generator(states, mask).encoder[0].prefix.key for _ in range(2)]
     assert not torch.equal(*twice)
     twice = [generator.eval()(states, mask).encoder[0].prefix.key for _ in range(2)]

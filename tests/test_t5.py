@@ -17,7 +17,16 @@ from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import t5
-from t5 import T5, CheckpointError, Modules, T5Config, relative_position_bucket, shift_right, token_loss
+from t5 import (
+    T5,
+    CheckpointError,
+    Modules,
+    T5Config,
+    relative_position_bucket,
+    set_gradient_checkpointing,
+    shift_right,
+    token_loss,
+)
 
 FAMILIES = {  # as the hub has them
     "v1.0": dict(feed_forward_proj="relu", tie_word_embeddings=True),
@@ -387,7 +396,7 @@ def test_padding_changes_nothing_and_a_mask_means_what_padding_means():
 def test_leaving_out_padding_changes_neither_loss_nor_gradient(monkeypatch, checkpointing):
     """With modules in every layer, and with a label missing in the middle of an answer, which is still read there."""
     model, modules = tiny_t5(), random_modules(tiny_config(), 3)
-    model.set_gradient_checkpointing(checkpointing)
+    set_gradient_checkpointing(model, checkpointing)
     inputs, labels = random_ids(3, 9), random_ids(3, 6)
     inputs[0, 5:], inputs[1, 2:], labels[0, 2:], labels[2, 3:], labels[1, 3] = 0, 0, -100, -100, -100
     seen, results = [], []
@@ -413,7 +422,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_with_dropout_and_modules
         model = tiny_t5(dropout_rate=0.2).train()
         modules = random_modules(model.config, 2)
         prefix = modules.encoder[0].prefix.key.requires_grad_()
-        model.set_gradient_checkpointing(on)
+        set_gradient_checkpointing(model, on)
         source, target = random_ids(2, 9), random_ids(2, 6)
         passes = {"encoder": 0, "decoder": 0}
 

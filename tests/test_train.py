@@ -368,7 +368,7 @@ def test_models_that_cannot_answer_so_are_refused(tmp_path, sni, start, spiece):
     ask = ("--instruction", "x", "y")
     with pytest.raises(SystemExit, match="scores.*has saved no model"):
         run("predict", "--model", tmp_path / "scores", *ask)
-    with pytest.raises(SystemExit, match="run is a HINT model"):
+    with pytest.raises(SystemExit, match="run is a HINT model .hint."):
         run("predict", "--model", tmp_path / "run", "--system", "tk-instruct", *ask)
     with pytest.raises(SystemExit, match="is not a HINT model"):
         run("predict", "--model", start, "--system", "hint", *ask)
@@ -597,7 +597,7 @@ def test_the_meter_means_losses_and_counts_real_tokens_of_training():
 
 def test_gradient_checkpointing_is_asked_of_t5(tmp_path, sni, start, monkeypatch):
     asked = []
-    monkeypatch.setattr(T5, "set_gradient_checkpointing", lambda _, on: asked.append(on))
+    monkeypatch.setattr(train, "set_gradient_checkpointing", lambda _, on: asked.append(on))
     finetune(sni, start, tmp_path / "plain", "--steps", 1)
     finetune(sni, start, tmp_path / "checkpointed", "--steps", 1, "--gradient-checkpointing")
     assert asked == [False, True]
