@@ -828,15 +828,39 @@ class _HeldOut:
 
 
 def _task(name: str, rule: Rule, draw: random.Random, kinds: list[str], instances: int) -> Task:
-    """A task with two positive examples and so many instances, no input twice."""
+    """A task with five positive examples and so many instances, no input twice."""
     texts: dict[str, str] = {}  # in the order drawn
-    while len(texts) < 2 + instances:
+    while len(texts) < 5 + instances:
         words = rule.draw_input(draw, kinds)
         texts[" ".join(words)] = rule.answer(words)
     pairs = list(texts.items())
-    shown = tuple(Example(*pair) for pair in pairs[:2])
-    asked = tuple(Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[2:]))
+    shown = tuple(Example(*pair) for pair in pairs[:5])
+    asked = tuple(Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[5:]))
     return Task(name, rule.definition(draw), shown, asked)
+
+
+def write_toy_world(folder: str | os.PathLike, world: ToyWorld) -> None:
+    """A toy world in the layout of Super-NaturalInstructions, with `tokenizer.json`, and `corpus.json.gz` in that of
+    C4: a text for each training task, which says what it asks for and then works through its instances.
+    """
+    folder = Path(folder)
+    splits = {"train": world.train, "test": world.unseen_arguments + world.unseen_compositions}
+    for path in (folder / "tasks", folder / "splits" / "default"):
+        path.mkdir(parents=True, exist_ok=True)
+    for split, tasks in splits.items():
+        Path(folder, "splits", "default", f"{split}_tasks.txt").write_text("\n".join(task.name for task in tasks))
+        for task in tasks:
+            found = {
+                "Definition": [task.definition],
+                "Positive Examples": [example._asdict() for example in task.examples],
+                "Instances": [{"id": i.id, "input": i.input, "output": i.references} for i in task.instances],
+            }
+            Path(folder, "tasks", f"{task.name}.json").write_text(json.dumps(found))
+    toy_tokenizer().save(str(folder / "tokenizer.json"))
+    with gzip.open(folder / "corpus.json.gz", "wt") as file:
+        for task in world.train:
+            lines = [f"Input: {i.input}. Output: {i.references[0]}." for i in task.instances]
+            file.write(json.dumps({"text": " ".join([task.definition, *lines])}) + "\n")
 
 
 def toy_tokenizer() -> Tokenizer:
