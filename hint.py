@@ -12,14 +12,15 @@ Axes: B examples, U distinct instructions, Li instruction tokens, S input tokens
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from hypernet import GENERATORS, HYPERENCODERS, HINTConfig
+from hypernet import GENERATORS, HYPERENCODERS, HINTConfig, generated_kinds
 from t5 import (
     T5,
     Adapter,
@@ -246,3 +247,168 @@ def _kind_of_model(found: dict) -> object:
     if "run" in found and "model_type" not in found:
         raise CheckpointError("is of an evaluation, or of a run that has saved no model yet")
     return found.get("model_type")
+
+
+# ------------------------------------------------------- what it costs: section 3.3 and appendix C
+#
+# The paper's symbols: n inputs of one task, of i tokens each; t tokens of instruction; o tokens of each answer;
+# N parameters of T5; H FLOPs of the generator for one instruction; p numbers generated for it.
+#
+# The formulas let a token cost N FLOPs: two for each parameter of one stack, taken for half of all. That leaves out
+# attention between tokens, which grows with the square of a length, and the decoder's keys and values of each token
+# that the encoder read; and it counts the embedding, which is only looked up, and for every token the head.
+
+
+def tk_instruct_flops(n: int, i: int, t: int, o: int, N: int) -> int:
+    """Appendix C.1: the instruction is read with every input. Section 3.3 also drops o."""
+    return n * N * (t + i + o)
+
+
+def no_instruct_flops(n: int, i: int, o: int, N: int) -> int:
+    """The inputs alone (table 1)."""
+    return n * N * (i + o)
+
+
+def hint_flops(n: int, i: int, t: int, o: int, N: int, H: int = 0, p: int = 0) -> int:
+    """Appendix C.1; with H = p = 0 its short form, which section 3.3 has without o.
+
+    That drops H as small beside N t, which it is not (`cost_table`), and p as small beside N (4 % at XL). Left out here
+    too: the decoder reads the instruction with every input.
+    """
+    return N * t + H + n * (N + p) * (i + o)
+
+
+def decoder_only_flops(n: int, i: int, t: int, o: int, N: int) -> int:
+    """A decoder that keeps keys and values of the instruction (section 5.1); a token passes all N (appendix D)."""
+    return 2 * N * (t + n * (i + o))
+
+
+def decoder_cache_numbers(L: int, h: int, k: int, s: int) -> int:
+    """Appendix C.2: keys and values of s tokens in L layers. Section 5.1 takes h k for d."""
+    return 2 * L * h * k * s
+
+
+def hint_cache_numbers(L: int, h: int, k: int, d: int, s: int, bottleneck: int = 512, prefix_length: int = 30) -> int:
+    """Appendix C.2: states of s tokens, and an adapter and a prefix in each of L layers.
+
+    It ignores biases, does not say whether L counts both stacks, and has one prefix where a decoder layer has two.
+    """
+    return d * s + 2 * bottleneck * L * d + 2 * prefix_length * L * h * k
+
+
+def encoded_task_numbers(t5: T5Config, hint: HINTConfig, t: int) -> int:
+    """What is kept here: all tensors of an EncodedTask of t tokens, its mask among them."""
+    return generated_numbers(t5, hint) + t * t5.d_model + t
+
+
+def generated_numbers(t5: T5Config, hint: HINTConfig) -> int:
+    """p: adapters and prefixes of one task."""
+    kinds = generated_kinds(t5, hint.bottleneck, hint.prefix_length, hint.modules).values()
+    return sum(kind.slots * kind.columns * kind.width for kind in kinds)
+
+
+def smaller_cache_from(t5: T5Config, hint: HINTConfig, L: int) -> tuple[int, int]:
+    """The shortest instruction of which HINT keeps less than a decoder of L layers: by appendix C.2, and here.
+
+    The decoder has the heads of T5, and what HINT keeps for one token must be less than what it keeps.
+    """
+    h, k, d = t5.num_heads, t5.d_kv, t5.d_model
+    decoder = decoder_cache_numbers(L, h, k, s=1)
+    formula = hint_cache_numbers(L, h, k, d, 0, hint.bottleneck, hint.prefix_length) // (decoder - d) + 1
+    return formula, generated_numbers(t5, hint) // (decoder - d - 1) + 1
+
+
+def t5_parameters(t5: T5Config) -> int:
+    """N: embedding and head, attention, feed-forward layers, norms, relative biases."""
+    d, inner, decoder_layers = t5.d_model, t5.num_heads * t5.d_kv, t5.num_decoder_layers
+    layers, attentions = t5.num_layers + decoder_layers, t5.num_layers + 2 * decoder_layers
+    matrices = 3 if t5.feed_forward_proj == "gated-gelu" else 2
+    vocabulary = (1 if t5.tie_word_embeddings else 2) * t5.vocab_size * d
+    norms = (attentions + layers + 2) * d
+    biases = 2 * t5.relative_attention_num_buckets * t5.num_heads
+    return vocabulary + attentions * 4 * d * inner + layers * matrices * d * t5.d_ff + norms + biases
+
+
+@dataclass(frozen=True)
+class ExactFlops:
+    """FLOPs of all matrix products of this code, two for a multiplication and its addition; nothing else is counted.
+
+    Each method is named after the one whose products it counts, for texts without padding and answers that do not end
+    early. The sizes are those of the modules that T5 is given; with both at 0 it is plain. So Tk-Instruct costs
+    `ExactFlops(t5).generate(n, t + i, o)`, No-Instruct `ExactFlops(t5).generate(n, i, o)`, and HINT
+    `encode_instruction(t) + generate(n, i, o, t)`.
+    """
+
+    t5: T5Config
+    bottleneck: int = 0
+    prefix_length: int = 0
+
+    def encode(self, tokens: int) -> int:
+        """One text through the encoder."""
+        own = self._attention(tokens, tokens, tokens * (self.prefix_length + tokens))
+        return self.t5.num_layers * (own + self._feed_forward(tokens))
+
+    def generate_modules(self, t: int, tasks: int = 1) -> int:
+        """H: `ColumnGenerator.forward` for instructions of t tokens.
+
+        W_q for the column embeddings is the same for all and computed once a call; for one at XL it is a fourth of H.
+        """
+        d, kinds = self.t5.d_model, generated_kinds(self.t5, self.bottleneck, self.prefix_length).values()
+        columns = sum(kind.slots * kind.columns for kind in kinds)
+        queries = 2 * columns * d * self.t5.num_heads * self.t5.d_kv
+        networks = sum(2 * kind.slots * kind.columns * d * (d + kind.width) for kind in kinds)
+        return queries + tasks * (self._attention(columns, t, columns * t) - queries + networks)
+
+    def encode_instruction(self, t: int, tasks: int = 1) -> int:
+        """Instructions of t tokens, by the plain encoder and the generator."""
+        return tasks * ExactFlops(self.t5).encode(t) + self.generate_modules(t, tasks)
+
+    def generate(self, n: int, i: int, o: int, t: int = 0) -> int:
+        """o tokens for each of n inputs in one batch, which reads t encoded tokens that all of them share."""
+        seen = o * self.prefix_length + o * (o + 1) // 2  # the token at each place and all before it
+        each = self.encode(i) + self._project_sources(i) + self._decode(o, seen, t + i)
+        return self._project_sources(t) + n * each
+
+    def loss(self, n: int, i: int, o: int, t: int = 0) -> int:
+        """The forward pass of training on labels of o tokens, where each row reads t encoded tokens of its own."""
+        seen = o * (self.prefix_length + o)  # what is masked is multiplied too
+        return n * (self.encode(i) + self._project_sources(t + i) + self._decode(o, seen, t + i))
+
+    def _decode(self, tokens: int, seen: int, sources: int) -> int:
+        """One answer through decoder and head: its tokens see `seen` of their own kind in all, and read the sources."""
+        own = self._attention(tokens, tokens, seen)
+        cross = self._attention(tokens, 0, tokens * (self.prefix_length + sources))
+        head = 2 * tokens * self.t5.d_model * self.t5.vocab_size
+        return self.t5.num_decoder_layers * (own + cross + self._feed_forward(tokens)) + head
+
+    def _project_sources(self, tokens: int) -> int:
+        """Keys and values of encoded tokens for all cross-attentions."""
+        return self.t5.num_decoder_layers * self._attention(0, tokens, 0)
+
+    def _attention(self, queries: int, keys: int, pairs: int) -> int:
+        """W_q and W_o for queries, W_k and W_v for keys that are not generated, score and value for each pair."""
+        return 4 * self.t5.num_heads * self.t5.d_kv * (self.t5.d_model * (queries + keys) + pairs)
+
+    def _feed_forward(self, tokens: int) -> int:
+        """The feed-forward layer and the adapter beside it."""
+        matrices = 3 if self.t5.feed_forward_proj == "gated-gelu" else 2
+        return 2 * tokens * self.t5.d_model * (matrices * self.t5.d_ff + 2 * self.bottleneck)
+
+
+def cost_table(t5: T5Config, hint: HINTConfig = HINTConfig(), n: int = 100, i: int = 100, o: int = 16) -> str:
+    """TFLOP for instructions of several lengths, by the paper's formulas / exactly; H is exact in both.
+
+    It is also told in tokens: so many of N FLOPs / so many as the plain encoder reads for it.
+    """
+    plain, ours = ExactFlops(t5), ExactFlops(t5, hint.bottleneck, hint.prefix_length)
+    N, p = t5_parameters(t5), generated_numbers(t5, hint)
+    lines = ["| t | H | H in tokens | HINT | Tk-Instruct | times cheaper |", "| --- | --- | --- | --- | --- | --- |"]
+    for t in (25, 50, 100, 200, 500, 1000):
+        H = ours.generate_modules(t)
+        tokens = next(length for length in count(1) if plain.encode(length) >= H)
+        once = hint_flops(n, i, t, o, N, H, p), ours.encode_instruction(t) + ours.generate(n, i, o, t)
+        each = tk_instruct_flops(n, i, t, o, N), plain.generate(n, t + i, o)
+        sums = [f"{formula / 1e12:.1f} / {exact / 1e12:.1f}" for formula, exact in (once, each)]
+        cheaper = f"{each[0] / once[0]:.2f} / {each[1] / once[1]:.2f}"
+        lines.append(f"| {t:,} | {H / 1e12:.2f} | {H / N:.0f} / {tokens} | {sums[0]} | {sums[1]} | {cheaper} |")
+    return "\n".join(lines)
