@@ -461,14 +461,35 @@ class Shuffled:
         return self._order[turn]
 
 
+def split_for_hint(ids: list[int], draw: random.Random) -> Ids:
+    """A segment split at two random points: for the hypernetwork, the input, the target; `</s>` ends each."""
+    first = draw.randint(1, len(ids) - 3)
+    second = draw.randint(first, len(ids) - 3)
+    return Ids(*([*part, EOS] for part in (ids[:first], ids[first:second], ids[second:])))
+
+
+def split_for_caclm(ids: list[int], draw: random.Random) -> Ids:
+    """CACLM (Phang et al., 2022; Table 4): the hypernetwork also reads what follows the target, behind a `</s>`.
+
+    The bounds are those of the authors' code, but for the target, which has at least one token of text.
+    """
+    first = draw.randint(1, len(ids) - 5)
+    second = draw.randint(first, len(ids) - 4)
+    third = draw.randint(second + 1, len(ids) - 3)
+    around = [*ids[:first], EOS, *ids[third:]]
+    return Ids(*([*part, EOS] for part in (around, ids[first:second], ids[second:third])))
+
+
+OBJECTIVES = {"hint": split_for_hint, "caclm": split_for_caclm}
+
+
 class PretrainingChunks:
     """Examples out of plain text for pretraining the hypernetwork (section 3.3), streamed from C4-style shards.
 
-    128 documents at a time are tokenised, each ended by `</s>`, concatenated and cut to `length`. Every segment is
-    split at two random points: the first part is for the hypernetwork, the second the input, the third the target,
-    and `</s>` ends each. The text of a segment crosses documents, as in the authors' code; what is left of 128
-    documents behind their last segment is dropped. `skip_bad_lines`: a line of a shard that holds no text is left out,
-    and counted in `skipped`.
+    128 documents at a time are tokenised, each ended by `</s>`, concatenated and cut to `length`; every segment is split
+    by OBJECTIVES[split]. The text of a segment crosses documents, as in the authors' code; what is left of 128 documents
+    behind their last segment is dropped. `skip_bad_lines`: a line of a shard that holds no text is left out, and counted
+    in `skipped`.
     """
 
     documents = 128
@@ -481,7 +502,9 @@ class PretrainingChunks:
         seed: int,
         position: Sequence[int] = (0, 0),
         skip_bad_lines: bool = False,
+        split: str = "hint",
     ) -> None:
+        self._split = OBJECTIVES[split]
         self.paths, self.tokenizer, self.length, self.seed = [Path(path) for path in paths], tokenizer, length, seed
         for path in self.paths:
             if not path.is_file():
@@ -517,12 +540,6 @@ class PretrainingChunks:
                 if number >= segment:
                     yield (group, number + 1), example
             group, segment = group + 1, 0
-
-    @staticmethod
-    def _split(ids: list[int], draw: random.Random) -> Ids:
-        first = draw.randint(1, len(ids) - 3)
-        second = draw.randint(first, len(ids) - 3)
-        return Ids(*([*part, EOS] for part in (ids[:first], ids[first:second], ids[second:])))
 
     def _texts(self) -> Iterator[str]:
         """The texts of all shards, again and again."""

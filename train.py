@@ -44,6 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
+    OBJECTIVES,
     PAD,
     Batch,
     DataError,
@@ -861,7 +862,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, "hint")
     position = run.state["position"] or (0, 0)
     source = PretrainingChunks(
-        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, position, arguments.skip_bad_lines
+        arguments.corpus,
+        tokenizer,
+        recipe.max_input,
+        recipe.seed,
+        position,
+        arguments.skip_bad_lines,
+        arguments.objective,
     )
     train(model, tokenizer, source, recipe, run)
     if source.skipped:
@@ -1046,6 +1053,9 @@ def parser() -> Parser:
     )
     command.add_argument(
         "--skip-bad-lines", action="store_true", help="leave out lines of a shard that hold no text, and say how many"
+    )
+    command.add_argument(
+        "--objective", choices=OBJECTIVES, default="hint", help="how a segment is split: as in section 3.3, or CACLM"
     )
     add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
     command = add_command(commands, finetune)

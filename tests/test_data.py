@@ -423,11 +423,40 @@ def test_each_group_and_each_seed_is_split_anew(tokenizer, tmp_path):
 def test_split_points_are_uniform_and_independent():
     """As in the paper's code: p1 uniform, p2 uniform behind it, so the parts average 1/2, 1/4 and 1/4 of the length."""
     draw = random.Random(0)
-    lengths = [[len(part) - 1 for part in PretrainingChunks._split(list(range(512)), draw)] for _ in range(20_000)]
+    lengths = [[len(part) - 1 for part in data.split_for_hint(list(range(512)), draw)] for _ in range(20_000)]
     means = [sum(column) / len(lengths) for column in zip(*lengths)]
     assert means == pytest.approx([255, 127, 130], abs=3)  # the standard error of a mean is about 1
     assert {sum(parts) for parts in lengths} == {512} and min(parts[1] for parts in lengths) == 0
     assert sum(parts[1] == 0 for parts in lengths) / len(lengths) == pytest.approx(0.013, abs=0.004)
+
+
+def test_caclm_reads_around_input_and_target(tokenizer, tmp_path):
+    """Put where the </s> in what the hypernetwork reads stands, they make the segments that the paper's split makes."""
+    shards = write_shards(tmp_path, 256)
+    whole = [[i for part in parts for i in part[:-1]] for parts in PretrainingChunks(shards, tokenizer, 64, 0).take(40)]
+    for parts, segment in zip(PretrainingChunks(shards, tokenizer, 64, 0, split="caclm").take(40), whole, strict=True):
+        around, given, target = (part[:-1] for part in parts)
+        assert all(part[-1] == EOS for part in parts) and target
+        marks = [place for place, token in enumerate(around) if token == EOS]  # those of documents, too
+        assert segment in [around[:mark] + given + target + around[mark + 1 :] for mark in marks]
+
+
+def test_split_points_of_caclm_are_uniform_one_behind_the_other():
+    """So that the part before averages half of the length, and each of the next two half of what is left of it."""
+    draw = random.Random(0)
+    lengths = []
+    for _ in range(20_000):
+        around, middle, target = data.split_for_caclm(list(range(2, 514)), draw)
+        before = around.index(EOS)
+        lengths.append([before, len(middle) - 1, len(target) - 1, len(around) - before - 2])
+    means = [sum(column) / len(lengths) for column in zip(*lengths)]
+    assert means == pytest.approx([254, 127.25, 64.6, 66.1], abs=3)
+    assert {sum(parts) for parts in lengths} == {512}
+    assert [min(column) for column in zip(*lengths)] == [1, 0, 1, 3]
+    shortest = [data.split_for_caclm(list(range(2, 10)), draw) for _ in range(1000)]
+    found = {(around.index(EOS), len(middle) - 1, len(target) - 1) for around, middle, target in shortest}
+    cuts = [(p1, p2, p3) for p1 in range(1, 4) for p2 in range(p1, 5) for p3 in range(p2 + 1, 6)]
+    assert found == {(p1, p2 - p1, p3 - p2) for p1, p2, p3 in cuts}, "all ways to split the shortest segment there is"
 
 
 def test_shards_are_streamed(tokenizer, tmp_path, monkeypatch):

@@ -111,6 +111,21 @@ def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sn
     assert 0 < drift < 0.1, "finetuning must begin at the pretrained weights"
 
 
+def test_the_objective_of_pretraining_acts_and_is_kept(tmp_path, start):
+    words = ("pretrain", "--start", start, "--corpus", *write_shards(tmp_path, 300), "--steps", 2,
+             "--bottleneck", 3, "--prefix-length", 2, *FAST)  # fmt: skip
+    run(*words, "--out", tmp_path / "hint")
+    run(*words, "--out", tmp_path / "caclm", "--objective", "caclm")
+    assert log_of(tmp_path / "hint")[0]["loss"] != log_of(tmp_path / "caclm")[0]["loss"]
+    assert settings_kept(tmp_path / "caclm")["objective"] == "caclm"
+    with pytest.raises(SystemExit, match="had objective 'caclm'"):
+        run(*words, "--out", tmp_path / "caclm", "--resume")
+
+
+def settings_kept(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["run"]
+
+
 def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, capsys):
     """The demo's own command, with fewer steps."""
     monkeypatch.setattr(train, "DEMO", replace(train.DEMO, steps=3, save_every=3))
