@@ -1,4 +1,4 @@
-"""Text in, ids out: tokenizer, Super-NaturalInstructions, prompt formats, pretraining chunks, a toy world, metrics.
+"""Text in, ids out: tokenizer, Super-NaturalInstructions, P3, prompt formats, pretraining chunks, a toy world, metrics.
 
 Nothing here knows of a model. A task, real or toy, is a `Task`; a prompt format turns it into `Ids`; a source hands
 out `Ids` one after the other; `collate` pads them to a `Batch`.
@@ -36,6 +36,7 @@ PAD, EOS, UNKNOWN = 0, 1, 2
 NO_LABEL = -100
 NOTHING = [EOS]  # an instruction that says nothing
 EXTRA_IDS = 100  # of T5, behind the pieces of its SentencePiece model
+MASK = "[MASK]"  # stands for a field of the instance in the instruction of a prompted example
 LONGEST_LINE = 1 << 24  # bytes, 16 MiB: the pages that C4 is made of were cut at one MiB
 
 
@@ -217,6 +218,7 @@ class Instance(NamedTuple):
     id: str
     input: str
     references: tuple[str, ...]
+    choices: tuple[str, ...] = ()  # the answers there are, where not every text is one
 
 
 @dataclass(frozen=True)
@@ -229,27 +231,39 @@ class Task:
     instances: tuple[Instance, ...]
 
 
-def load_tasks(sni_dir: str | os.PathLike, split: str, max_instances: int = 100) -> list[Task]:
+def load_tasks(folder: str | os.PathLike, split: str, max_instances: int = 100, *, joint: bool = False) -> list[Task]:
     """Tasks of a split, as the data set's repository lays them out: `splits/default/SPLIT_tasks.txt`, `tasks/*.json`.
+    Where there is no such folder, of prompted examples: `SPLIT.jsonl`.
 
-    The first `max_instances` of each task, which is what published scores are taken on. Raises DataError.
+    The first `max_instances` of each task, which is what published scores are taken on. `joint`: the input of a
+    prompted example is its whole prompt, not the fields of the instance alone. Raises DataError.
     """
-    listing = Path(sni_dir, "splits", "default", f"{split}_tasks.txt")
+    listing, prompted = Path(folder, "splits", "default", f"{split}_tasks.txt"), Path(folder, f"{split}.jsonl")
+    if prompted.is_file() and not listing.parent.is_dir():
+        return _load_prompted(prompted, max_instances, joint)
+    if joint:
+        raise DataError(f"{folder}: holds no prompted examples ({prompted.name}), which alone have a joint setting")
     try:
         names = listing.read_text("utf-8").split()
     except FileNotFoundError:
-        raise DataError(f"{listing}: no such file; {sni_dir} must hold tasks/ and splits/default/") from None
+        raise DataError(
+            f"{listing}: no such file; {folder} must hold tasks/ and splits/default/, or {prompted.name}"
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{listing}: cannot be read ({_reason(error)})") from None
     if not names:
         raise DataError(f"{listing}: the split is empty")
-    paths = [Path(sni_dir, "tasks", f"{name}.json") for name in names]
+    paths = [Path(folder, "tasks", f"{name}.json") for name in names]
     for name, path in zip(names, paths):
-        if name != Path(name).name or len(name) > 200 or not name.isprintable():
+        if name != Path(name).name or not _is_name(name):
             raise DataError(f"{listing}: {name!r:.80} is not the name of a task")
         if not path.is_file():
             raise DataError(f"{listing}: names a task that is not there ({path}: no such file)")
     return [_load_task(path, max_instances) for path in paths]
+
+
+def _is_name(text: str) -> bool:
+    return 0 < len(text) <= 200 and text.isprintable()
 
 
 def _load_task(path: Path, max_instances: int) -> Task:
@@ -284,10 +298,58 @@ def _instance(path: Path, number: int, found: object) -> Instance:
     )
 
 
-def _text(path: Path, entry: object, key: str) -> str:
+def _text(path: Path | str, entry: object, key: str) -> str:
     if not isinstance(entry, dict) or not isinstance(entry.get(key), str):
         raise DataError(f"{path}: an example or instance has no text as {key!r}")
     return valid(entry[key])
+
+
+def _load_prompted(path: Path, max_instances: int, joint: bool) -> list[Task]:
+    """Tasks of a file of prompted examples, a JSON object a line: those of one data set with one instruction are one.
+
+    In the split setting the input is the instance's distinct fields, a line each (to T5's tokenizer, a space between).
+    """
+    tasks: dict[tuple[str, str], list[Instance]] = {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(_lines(file), start=1):
+                name, instruction, instance = _prompted(f"{path}: line {number}", line, number, joint)
+                instances = tasks.setdefault((name, instruction), [])
+                if len(instances) < max_instances:
+                    instances.append(instance)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({_reason(error)})") from None
+    if not tasks:
+        raise DataError(f"{path}: the split is empty")
+    return [Task(name, instruction, (), tuple(found)) for (name, instruction), found in tasks.items()]
+
+
+def _prompted(where: str, line: bytes, number: int, joint: bool) -> tuple[str, str, Instance]:
+    """Data set, instruction and instance of a line."""
+    try:
+        found = _json_line(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} cannot be read as JSON ({_reason(error)})") from None
+    name, instruction, target = (_text(where, found, key) for key in ("task", "instruction", "target"))
+    values, choices = _texts(where, "input", found.get("input")), _texts(where, "choices", found.get("choices") or [])
+    before, *behind = instruction.split(MASK)
+    if not _is_name(name):
+        raise DataError(f"{where}: {name!r:.80} is not the name of a task")
+    if choices and target not in choices:
+        raise DataError(f"{where}: the target is none of the choices")
+    if joint and len(values) != len(behind):
+        raise DataError(f"{where}: the instruction has {len(behind)} {MASK} for {len(values)} fields of input")
+    text = before + "".join(chain(*zip(values, behind))) if joint else "\n".join(dict.fromkeys(values))
+    own = found.get("id")
+    own = valid(own) if isinstance(own, str) else f"{name}-{number}"
+    return name, instruction, Instance(own, text.strip(), (target,), choices)
+
+
+def _texts(where: str, key: str, found: object) -> tuple[str, ...]:
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise DataError(f"{where}: {key!r} is not a list of texts")
+    return tuple(map(valid, found))
 
 
 def valid(text: str) -> str:
@@ -492,14 +554,35 @@ class Shuffled:
         return self._order[turn]
 
 
+def split_for_hint(ids: list[int], draw: random.Random) -> Ids:
+    """A segment split at two random points: for the hypernetwork, the input, the target; `</s>` ends each."""
+    first = draw.randint(1, len(ids) - 3)
+    second = draw.randint(first, len(ids) - 3)
+    return Ids(*([*part, EOS] for part in (ids[:first], ids[first:second], ids[second:])))
+
+
+def split_for_caclm(ids: list[int], draw: random.Random) -> Ids:
+    """CACLM (Phang et al., 2022; Table 4): the hypernetwork also reads what follows the target, behind a `</s>`.
+
+    The bounds are those of the authors' code, but for the target, which has at least one token of text.
+    """
+    first = draw.randint(1, len(ids) - 5)
+    second = draw.randint(first, len(ids) - 4)
+    third = draw.randint(second + 1, len(ids) - 3)
+    around = [*ids[:first], EOS, *ids[third:]]
+    return Ids(*([*part, EOS] for part in (around, ids[first:second], ids[second:third])))
+
+
+OBJECTIVES = {"hint": split_for_hint, "caclm": split_for_caclm}
+
+
 class PretrainingChunks:
     """Examples out of plain text for pretraining the hypernetwork (section 3.3), streamed from C4-style shards.
 
-    128 documents at a time are tokenised, each ended by `</s>`, concatenated and cut to `length`. Every segment is
-    split at two random points: the first part is for the hypernetwork, the second the input, the third the target,
-    and `</s>` ends each. The text of a segment crosses documents, as in the authors' code; what is left of 128
-    documents behind their last segment is dropped. `skip_bad_lines`: a line of a shard that holds no text is left out,
-    and counted in `skipped`.
+    128 documents at a time are tokenised, each ended by `</s>`, concatenated and cut to `length`; every segment is split
+    by OBJECTIVES[split]. The text of a segment crosses documents, as in the authors' code; what is left of 128 documents
+    behind their last segment is dropped. `skip_bad_lines`: a line of a shard that holds no text is left out, and counted
+    in `skipped`.
     """
 
     documents = 128
@@ -512,7 +595,9 @@ class PretrainingChunks:
         seed: int,
         position: Sequence[int] = (0, 0),
         skip_bad_lines: bool = False,
+        split: str = "hint",
     ) -> None:
+        self._split = OBJECTIVES[split]
         self.paths, self.tokenizer, self.length, self.seed = [Path(path) for path in paths], tokenizer, length, seed
         for path in self.paths:
             if not path.is_file():
@@ -548,12 +633,6 @@ class PretrainingChunks:
                 if number >= segment:
                     yield (group, number + 1), example
             group, segment = group + 1, 0
-
-    @staticmethod
-    def _split(ids: list[int], draw: random.Random) -> Ids:
-        first = draw.randint(1, len(ids) - 3)
-        second = draw.randint(first, len(ids) - 3)
-        return Ids(*([*part, EOS] for part in (ids[:first], ids[first:second], ids[second:])))
 
     def _texts(self) -> Iterator[str]:
         """The texts of all shards, again and again."""
@@ -603,11 +682,16 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
             line = file.readline(LONGEST_LINE + 1)
 
 
-def _c4_text(line: bytes) -> str:
-    """The text of a line. Raises ValueError, KeyError, TypeError, RecursionError."""
+def _json_line(line: bytes) -> object:
+    """What a line of JSON says. Raises ValueError, RecursionError."""
     if len(line) > LONGEST_LINE:
         raise ValueError(f"it is longer than {LONGEST_LINE:,} bytes")
-    text = json.loads(line.decode("utf-8"))["text"]
+    return json.loads(line.decode("utf-8"))
+
+
+def _c4_text(line: bytes) -> str:
+    """The text of a line. Raises ValueError, KeyError, TypeError, RecursionError."""
+    text = _json_line(line)["text"]
     if not isinstance(text, str):
         raise TypeError("its text is no text")
     return valid(text)

@@ -171,6 +171,11 @@ class HINT(nn.Module):
         sources = self._fuse(task, input_ids, attention_mask)
         return self.t5.decode_greedily(sources, task.modules, max_new_tokens)
 
+    @torch.no_grad()
+    def rank(self, task: EncodedTask, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities [B] of the answers `labels` [B, T] to inputs [B, S] of an encoded task."""
+        return self.t5.log_probabilities(labels, self._fuse(task, input_ids), task.modules)
+
     @classmethod
     def from_t5(cls, name_or_dir: str | os.PathLike, config: HINTConfig | None = None) -> HINT:
         """A public T5 with a new hypernetwork, in eval mode. Raises CheckpointError."""
@@ -223,6 +228,11 @@ class PlainT5(nn.Module):
     ) -> Tensor:
         """Greedy answers [B, <= max_new_tokens] to inputs [B, S]."""
         return self.t5.generate(input_ids, attention_mask, max_new_tokens)
+
+    @torch.no_grad()
+    def rank(self, task: None, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities [B] of the answers `labels` [B, T] to inputs [B, S]."""
+        return self.t5.log_probabilities(labels, [self.t5.read(input_ids)])
 
     def save_pretrained(
         self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None

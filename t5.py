@@ -550,14 +550,26 @@ class T5(nn.Module):
         return F.linear(states, self.shared.weight) if self.lm_head is None else self.lm_head(states)
 
     def loss(self, labels: Tensor, sources: Sequence[Source], modules: Modules | None = None) -> Loss:
-        """Loss of the answers `labels` [B, T], padded with -100, to what the decoder reads.
+        """Loss of the answers `labels` [B, T], padded with -100, to what the decoder reads."""
+        return token_loss(*self._real_targets(labels, sources, modules))
 
-        The head, the largest matrix of all, sees the states of real target tokens alone.
+    def log_probabilities(self, labels: Tensor, sources: Sequence[Source], modules: Modules | None = None) -> Tensor:
+        """Log-probability [B] of each answer of `labels` [B, T], padded with -100, in fp32.
+
+        The sum over its tokens and its `</s>`, not divided by their number, is what choices are ranked by.
         """
+        logits, targets = self._real_targets(labels, sources, modules)
+        chosen = -F.cross_entropy(logits.float(), targets, reduction="none")  # [N]
+        return chosen.new_zeros(labels.shape).masked_scatter(labels != -100, chosen).sum(1)
+
+    def _real_targets(
+        self, labels: Tensor, sources: Sequence[Source], modules: Modules | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] and labels [N] of the N real target tokens: the head, the largest matrix of all, sees no other."""
         read = (labels != -100).flip(1).cumsum(1).flip(1)  # up to the last label of each row
         layout = layout_of(read)
         states, labels = self.decode(shift_right(labels), sources, modules, layout), layout.tokens(labels)
-        return token_loss(self.logits(states[labels != -100]), labels[labels != -100])
+        return self.logits(states[labels != -100]), labels[labels != -100]
 
     def forward(self, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Input ids [B, S], decoder ids [B, T] (the labels shifted right) -> logits [B, T, V]."""

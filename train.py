@@ -45,6 +45,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (
+    NO_LABEL,
+    OBJECTIVES,
     PAD,
     Batch,
     DataError,
@@ -746,20 +748,47 @@ class Answerer:
 
     @torch.inference_mode()
     def answers(self, task: Task) -> list[str]:
-        """An answer to each instance of a task; inputs of like length are answered together."""
+        """An answer to each instance of a task: the best of its choices, or what the model says where it has none.
+
+        Inputs of like length are answered together.
+        """
         self.model.to(self.device).eval()
         ids = self.prompts(task)
-        order = sorted(range(len(ids)), key=lambda place: len(ids[place][1]))
+        inputs = [input_ids for _, input_ids in ids]
         answers = [""] * len(ids)
         with self.context():
             encoded = self.model.encode_instruction(torch.tensor([ids[0][0]], device=self.device))
-            for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                inputs = pad([ids[place][1] for place in places], PAD).to(self.device)
-                texts = self.model.generate(encoded, inputs, max_new_tokens=self.max_new_tokens)
+            free = [place for place, instance in enumerate(task.instances) if not instance.choices]
+            for places in self._batches(free, key=lambda place: len(inputs[place])):
+                rows = pad([inputs[place] for place in places], PAD).to(self.device)
+                texts = self.model.generate(encoded, rows, max_new_tokens=self.max_new_tokens)
                 for place, text in zip(places, self.prompts.tokenizer.decode_batch(texts.tolist())):
                     answers[place] = text
+            for place, choice in self._best_choices(encoded, inputs, task.instances).items():
+                answers[place] = choice
         return answers
+
+    def _best_choices(self, encoded, inputs: list[list[int]], instances: Sequence[Instance]) -> dict[int, str]:
+        """Rank classification: of each instance that has choices the most probable one, the first of equal ones."""
+        rows = [(place, choice) for place, instance in enumerate(instances) for choice in instance.choices]
+        encodings = self.prompts.tokenizer.encode_batch([choice for _, choice in rows])
+        targets = {row: encoding.ids for row, encoding in zip(rows, encodings)}
+        ranks = {}
+        for batch in self._batches(targets, key=lambda row: (len(inputs[row[0]]), len(targets[row]))):
+            input_ids = pad([inputs[place] for place, _ in batch], PAD).to(self.device)
+            labels = pad([targets[row] for row in batch], NO_LABEL).to(self.device)
+            ranks |= zip(batch, self.model.rank(encoded, input_ids, labels).tolist())
+        return {
+            place: max(instance.choices, key=lambda choice: ranks[place, choice])
+            for place, instance in enumerate(instances)
+            if instance.choices
+        }
+
+    def _batches(self, rows: Iterable, key: Callable) -> Iterator[list]:
+        """Rows in the order of a key, at most `batch_size` at a time."""
+        order = sorted(rows, key=key)
+        for start in range(0, len(order), self.batch_size):
+            yield order[start : start + self.batch_size]
 
     def predictions(self, tasks: Iterable[Task]) -> list[dict]:
         """One row for each instance: id, task, prediction, references. Processes share the tasks, and get all rows."""
@@ -929,7 +958,13 @@ def pretrain(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(arguments, recipe, run)
     position = run.state["position"] or (0, 0)
     source = PretrainingChunks(
-        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, position, arguments.skip_bad_lines
+        arguments.corpus,
+        tokenizer,
+        recipe.max_input,
+        recipe.seed,
+        position,
+        arguments.skip_bad_lines,
+        arguments.objective,
     )
     train(model, tokenizer, source, recipe, run)
     if source.skipped:
@@ -938,11 +973,12 @@ def pretrain(arguments: argparse.Namespace) -> None:
 
 
 def finetune(arguments: argparse.Namespace) -> None:
-    """Train on the `train` split of Super-NaturalInstructions, then score on its `test` split."""
+    """Train on the `train` split of Super-NaturalInstructions or the like, then score on its `test` split."""
     recipe = recipe_of(arguments)
     run = Run(arguments.out, settings_of(arguments, recipe), arguments.resume)
-    tasks = {split: load_tasks(arguments.data, split, arguments.max_instances) for split in ("train", "test")}
-    names = [task.name for task in tasks["train"]] if SYSTEMS[arguments.system].prompts is TaskNumberFormat else []
+    tasks = {split: tasks_of(arguments, split) for split in ("train", "test")}
+    numbered = SYSTEMS[arguments.system].prompts is TaskNumberFormat
+    names = list(dict.fromkeys(task.name for task in tasks["train"])) if numbered else []
     run.settings["tasks"] = names
     model, tokenizer = model_and_tokenizer(arguments, recipe, run, tasks=len(names))
     prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe, names)
@@ -962,10 +998,15 @@ def finetune(arguments: argparse.Namespace) -> None:
     report(by_task(predictions()), run.out)
 
 
+def tasks_of(arguments: argparse.Namespace, split: str) -> list[Task]:
+    """The tasks of a split of --data."""
+    return load_tasks(arguments.data, split, arguments.max_instances, joint=arguments.setting == "joint")
+
+
 def evaluate(arguments: argparse.Namespace) -> None:
     """Score a model on a split: a folder of this project, or a public T5 such as Tk-Instruct."""
     run = Run(arguments.out, settings_of(arguments))
-    tasks = load_tasks(arguments.data, arguments.split, arguments.max_instances)
+    tasks = tasks_of(arguments, arguments.split)
     answerer = answerer_of(arguments)
     run.settings |= {"system": answerer.system, "examples": answerer.prompts.examples}
     run.begin()
@@ -1157,6 +1198,9 @@ def parser() -> Parser:
     )
     reading = [name for name, system in SYSTEMS.items() if system.prompts is HINTFormat]
     command.add_argument("--system", choices=reading, default="hint", help="HINT, or another that reads an instruction")
+    command.add_argument(
+        "--objective", choices=OBJECTIVES, default="hint", help="how a segment is split: as in section 3.3, or CACLM"
+    )
     add_training_options(command, RECIPES["pretrain"], left_out=NOT_IN_PRETRAINING)
     command = add_command(commands, finetune)
     add_data_options(command)
@@ -1171,7 +1215,7 @@ def parser() -> Parser:
     add_training_options(command, RECIPES["finetune"])
     command = add_command(commands, evaluate)
     add_data_options(command)
-    command.add_argument("--split", default="test", help="which splits/default/SPLIT_tasks.txt")
+    command.add_argument("--split", default="test", help="which splits/default/SPLIT_tasks.txt, or SPLIT.jsonl")
     command.add_argument("--out", required=True, help="folder for metrics.json and predictions.jsonl")
     add_answering_options(command)
     command = add_command(commands, predict)
@@ -1192,9 +1236,22 @@ def add_command(commands, function: Callable) -> Parser:
 
 def add_data_options(command: Parser) -> None:
     """The options that say which tasks."""
-    command.add_argument("--data", required=True, help="Super-NaturalInstructions: a folder with tasks/ and splits/")
     command.add_argument(
-        "--max-instances", type=at_least(1), default=100, help="the first so many instances of each task"
+        "--data",
+        required=True,
+        help="Super-NaturalInstructions, a folder with tasks/ and splits/; or one of prompted examples, SPLIT.jsonl",
+    )
+    command.add_argument(
+        "--max-instances",
+        type=at_least(1),
+        default=100,
+        help="the first so many instances of each task (of prompted examples: of each instruction)",
+    )
+    command.add_argument(
+        "--setting",
+        choices=("split", "joint"),
+        default="split",
+        help="of prompted examples only: the input is the instance's fields, or the whole prompt",
     )
 
 

@@ -261,6 +261,90 @@ def test_missing_folders_splits_and_tasks_are_named(tmp_path):
         load_tasks(tmp_path, "train")
 
 
+def write_prompted(folder, split="train", **changes):
+    """A folder of prompted examples: two of one instruction, one of another, one of another data set."""
+    either = "Is it true that [MASK]? [MASK] or [MASK]? "
+    lines = [
+        dict(task="rte", instruction=either, input=[" the cat sat ", "yes", "no"], target="no ", choices=["yes", "no"]),
+        dict(task="rte", instruction="[MASK]. True?", input="the dog barked", target="no", choices=["no", "yes"]),
+        dict(
+            task="rte", instruction=either, input=["yes", "yes", "no"], target="yes", choices=["yes", "no"], id="mine"
+        ),
+        dict(
+            task="xsum", instruction="[MASK] Sum it up: [MASK]", input=["", "the book"], target="a book", choices=None
+        ),
+    ]
+    lines[-1] |= changes
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_prompted_examples_of_one_data_set_and_instruction_are_a_task(tmp_path):
+    either, true, summary = load_tasks(write_prompted(tmp_path), "train")
+    assert [(task.name, task.definition) for task in (either, true, summary)] == [
+        ("rte", "Is it true that [MASK]? [MASK] or [MASK]?"), ("rte", "[MASK]. True?"), ("xsum", "[MASK] Sum it up: [MASK]")
+    ]  # fmt: skip
+    assert either.instances == (
+        Instance("rte-1", "the cat sat\nyes\nno", ("no",), ("yes", "no")),
+        Instance("mine", "yes\nno", ("yes",), ("yes", "no")),
+    )
+    assert true.instances == (Instance("rte-2", "the dog barked", ("no",), ("no", "yes")),)
+    assert summary.instances == (Instance("xsum-4", "the book", ("a book",)),) and summary.examples == ()
+    assert [len(task.instances) for task in load_tasks(tmp_path, "train", 1)] == [1, 1, 1]
+
+
+def test_a_joint_input_is_the_prompt_with_its_fields_filled_in(tmp_path):
+    either, true, summary = load_tasks(write_prompted(tmp_path), "train", joint=True)
+    assert [instance.input for task in (either, true, summary) for instance in task.instances] == [
+        "Is it true that the cat sat? yes or no?", "Is it true that yes? yes or no?", "the dog barked. True?", "Sum it up: the book"
+    ]  # fmt: skip
+    assert either.definition == "Is it true that [MASK]? [MASK] or [MASK]?"
+    with pytest.raises(DataError, match="train.jsonl: line 4: the instruction has 2 .MASK. for 1 fields"):
+        load_tasks(write_prompted(tmp_path, input="one"), "train", joint=True)
+    assert load_tasks(tmp_path, "train")[-1].instances[0].input == "one"
+
+
+BAD_EXAMPLES = {
+    "no text as 'task'": dict(task=3),
+    "'a.nb' is not the name of a task": dict(task="a\nb"),
+    "no text as 'instruction'": dict(instruction=None),
+    "no text as 'target'": dict(target=["a book"]),
+    "'input' is not a list of texts": dict(input=["the book", 3]),
+    "'input' is not a list of texts ": dict(input=None),
+    "'choices' is not a list of texts": dict(choices={"yes": 1}),
+    "the target is none of the choices": dict(choices=["yes", "no"]),
+}
+
+
+@pytest.mark.parametrize("message", BAD_EXAMPLES)
+def test_a_prompted_example_that_lacks_something_is_named_by_its_line(tmp_path, message):
+    with pytest.raises(DataError, match=f"train.jsonl: line 4: .*{message.strip()}"):
+        load_tasks(write_prompted(tmp_path, **BAD_EXAMPLES[message]), "train")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\n", b"\xff\xfe", b"[" * 10**5, b"a" * (1 << 25)])
+def test_a_line_that_is_no_prompted_example_is_named(tmp_path, content):
+    path = write_prompted(tmp_path) / "train.jsonl"
+    path.write_bytes(path.read_bytes() + content)
+    with pytest.raises(DataError, match="train.jsonl: line 5 cannot be read as JSON") as refused:
+        load_tasks(tmp_path, "train")
+    assert ("longer than 16,777,216 bytes" in str(refused.value)) == (len(content) > 1 << 24)
+    path.write_bytes(b"[]\n")
+    with pytest.raises(DataError, match="train.jsonl: line 1: "):
+        load_tasks(tmp_path, "train")
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="train.jsonl: the split is empty"):
+        load_tasks(tmp_path, "train")
+
+
+def test_a_folder_of_super_natural_instructions_stays_one_and_has_no_joint_setting(tmp_path):
+    write_prompted(write_task(tmp_path))
+    assert [task.name for task in load_tasks(tmp_path, "train")] == ["task1_a"]
+    with pytest.raises(DataError, match="holds no prompted examples"):
+        load_tasks(tmp_path, "train", joint=True)
+
+
 # ------------------------------------------------------------------------ prompts
 
 TASK = Task(
@@ -423,11 +507,40 @@ def test_each_group_and_each_seed_is_split_anew(tokenizer, tmp_path):
 def test_split_points_are_uniform_and_independent():
     """As in the paper's code: p1 uniform, p2 uniform behind it, so the parts average 1/2, 1/4 and 1/4 of the length."""
     draw = random.Random(0)
-    lengths = [[len(part) - 1 for part in PretrainingChunks._split(list(range(512)), draw)] for _ in range(20_000)]
+    lengths = [[len(part) - 1 for part in data.split_for_hint(list(range(512)), draw)] for _ in range(20_000)]
     means = [sum(column) / len(lengths) for column in zip(*lengths)]
     assert means == pytest.approx([255, 127, 130], abs=3)  # the standard error of a mean is about 1
     assert {sum(parts) for parts in lengths} == {512} and min(parts[1] for parts in lengths) == 0
     assert sum(parts[1] == 0 for parts in lengths) / len(lengths) == pytest.approx(0.013, abs=0.004)
+
+
+def test_caclm_reads_around_input_and_target(tokenizer, tmp_path):
+    """Put where the </s> in what the hypernetwork reads stands, they make the segments that the paper's split makes."""
+    shards = write_shards(tmp_path, 256)
+    whole = [[i for part in parts for i in part[:-1]] for parts in PretrainingChunks(shards, tokenizer, 64, 0).take(40)]
+    for parts, segment in zip(PretrainingChunks(shards, tokenizer, 64, 0, split="caclm").take(40), whole, strict=True):
+        around, given, target = (part[:-1] for part in parts)
+        assert all(part[-1] == EOS for part in parts) and target
+        marks = [place for place, token in enumerate(around) if token == EOS]  # those of documents, too
+        assert segment in [around[:mark] + given + target + around[mark + 1 :] for mark in marks]
+
+
+def test_split_points_of_caclm_are_uniform_one_behind_the_other():
+    """So that the part before averages half of the length, and each of the next two half of what is left of it."""
+    draw = random.Random(0)
+    lengths = []
+    for _ in range(20_000):
+        around, middle, target = data.split_for_caclm(list(range(2, 514)), draw)
+        before = around.index(EOS)
+        lengths.append([before, len(middle) - 1, len(target) - 1, len(around) - before - 2])
+    means = [sum(column) / len(lengths) for column in zip(*lengths)]
+    assert means == pytest.approx([254, 127.25, 64.6, 66.1], abs=3)
+    assert {sum(parts) for parts in lengths} == {512}
+    assert [min(column) for column in zip(*lengths)] == [1, 0, 1, 3]
+    shortest = [data.split_for_caclm(list(range(2, 10)), draw) for _ in range(1000)]
+    found = {(around.index(EOS), len(middle) - 1, len(target) - 1) for around, middle, target in shortest}
+    cuts = [(p1, p2, p3) for p1 in range(1, 4) for p2 in range(p1, 5) for p3 in range(p2 + 1, 6)]
+    assert found == {(p1, p2 - p1, p3 - p2) for p1, p2, p3 in cuts}, "all ways to split the shortest segment there is"
 
 
 def test_shards_are_streamed(tokenizer, tmp_path, monkeypatch):

@@ -213,6 +213,30 @@ def test_the_baseline_reads_the_input_alone():
     assert not torch.equal(model.generate(None, inputs, mask, 9), model.t5.generate(inputs, None, 9))
 
 
+@pytest.mark.parametrize("kind", [HINT, PlainT5])
+def test_an_answer_is_ranked_by_the_log_probability_of_all_its_tokens(kind):
+    """Against a plain loop over examples without padding, and over tokens, each by the softmax over the vocabulary."""
+    model = tiny_hint() if kind is HINT else PlainT5(tiny_t5())
+    task, inputs, labels = model.encode_instruction(random_ids(1, 7)), random_ids(4, 9), random_ids(4, 6)
+    labels[:, -1] = labels[1, 2] = t5.EOS
+    labels[1, 3:], inputs[2, 4:] = -100, 0
+    wanted = []
+    for row, answer in zip(inputs, labels):
+        row = row[row > 0][None]
+        sources, modules = ([model.t5.read(row)], None) if task is None else (model._fuse(task, row), task.modules)
+        said, total = [t5.START], 0.0
+        for token in answer[answer >= 0].tolist():
+            states = model.t5.decode(torch.tensor([said]), sources, modules)
+            total += model.t5.logits(states)[0, -1].log_softmax(-1)[token].item()
+            said.append(token)
+        wanted.append(total)
+    found = model.rank(task, inputs, labels)
+    torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-4, rtol=1e-5)
+    assert not found.requires_grad
+    padded = model.rank(task, with_padding(inputs, 3), with_padding(labels, 2, -100))
+    torch.testing.assert_close(padded, found, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "wrong", [dict(bottleneck=0), dict(bottleneck="8"), dict(prefix_length=10**9), dict(generator_dropout=1.5)]
 )

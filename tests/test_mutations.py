@@ -42,7 +42,7 @@ from mutator import (
     damage_zip,
     flip_bits,
 )
-from test_data import SENTENCES, spiece, write_shards, write_task  # noqa: F401 (a fixture)
+from test_data import SENTENCES, spiece, write_prompted, write_shards, write_task  # noqa: F401 (a fixture)
 
 import t5
 import train
@@ -89,6 +89,18 @@ def read_task(path: Path) -> None:
 
 def read_split(path: Path) -> None:
     assert [task.name for task in load_tasks(path.parents[2], "train")] == path.read_text("utf-8").split()
+
+
+def read_prompted(path: Path) -> None:
+    """In both settings; each line is an instance, whose answer is one of its choices."""
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    for joint in (False, True):
+        tasks = load_tasks(path.parent, "train", joint=joint)
+        assert sum(len(task.instances) for task in tasks) == len(lines)
+        for task in tasks:
+            json.dumps([task.name, *map(list, task.instances)], ensure_ascii=False).encode()
+            assert len(HINTFormat(toy_tokenizer())(task)) == len(task.instances)
+            assert all(not i.choices or i.references[0] in i.choices for i in task.instances)
 
 
 def read_c4(path: Path) -> None:
@@ -213,6 +225,7 @@ ZIP = (damage_zip, damage_zip, damage_zip, *BYTES)
 READERS = {
     "task file": Reader("sni/tasks/task1_a.json", JSON, read_task, DataError),
     "split list": Reader("sni/splits/default/train_tasks.txt", BYTES, read_split, DataError),
+    "prompted examples": Reader("p3/train.jsonl", (*BYTES, *[damage_line] * 5), read_prompted, DataError),
     "C4 shard": Reader("c4/shard.json.gz", (*BYTES, *[compressed(damage_line)] * 5), read_c4, DataError),
     "line without an end": Reader("c4/endless.json.gz", BYTES, read_endless_line, DataError),
     "lines to predict": Reader("inputs.txt", (*BYTES, damage_line), read_inputs, RunError),
@@ -245,6 +258,7 @@ def files(tmp_path_factory, spiece) -> Path:  # noqa: F811
     write_task(folder / "sni")
     for split in ("train", "test"):
         (folder / f"sni/splits/default/{split}_tasks.txt").write_text("task1_a\n")
+    write_prompted(folder / "p3")
     (folder / "c4").mkdir()
     content = "".join(json.dumps({"text": text, "url": "", "n": [1, {"a": None}]}) + "\n" for text in SENTENCES)
     (folder / "c4/shard.json.gz").write_bytes(gzip.compress(content.encode(), mtime=0))

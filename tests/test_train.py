@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, needs_shared, tiny_hint, tiny_t5
-from test_data import TASK, spiece, tokenizer, write_shards, write_task  # noqa: F401 (fixtures)
+from test_data import TASK, spiece, tokenizer, write_prompted, write_shards, write_task  # noqa: F401 (fixtures)
 
 import t5
 import train
-from data import HINTFormat, Ids, Task, toy_tokenizer
+from data import NO_LABEL, HINTFormat, Ids, Instance, Task, load_tasks, pad, toy_tokenizer
 from hint import HINT, PlainT5, load_model
 from t5 import T5, T5Config
 
@@ -109,6 +109,56 @@ def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sn
     assert (fine.config.bottleneck, fine.config.prefix_length) == (3, 2)
     drift = (fine.t5.shared.weight - HINT.from_pretrained(out).t5.shared.weight).abs().max()
     assert 0 < drift < 0.1, "finetuning must begin at the pretrained weights"
+
+
+def test_the_objective_of_pretraining_acts_and_is_kept(tmp_path, start):
+    words = ("pretrain", "--start", start, "--corpus", *write_shards(tmp_path, 300), "--steps", 2,
+             "--bottleneck", 3, "--prefix-length", 2, *FAST)  # fmt: skip
+    run(*words, "--out", tmp_path / "hint")
+    run(*words, "--out", tmp_path / "caclm", "--objective", "caclm")
+    assert log_of(tmp_path / "hint")[0]["loss"] != log_of(tmp_path / "caclm")[0]["loss"]
+    assert settings_kept(tmp_path / "caclm")["objective"] == "caclm"
+    with pytest.raises(SystemExit, match="had objective 'caclm'"):
+        run(*words, "--out", tmp_path / "caclm", "--resume")
+
+
+def settings_kept(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())["run"]
+
+
+@pytest.mark.parametrize("system", ["hint", "no-instruct"])
+def test_prompted_examples_train_and_their_choices_are_ranked(tmp_path, start, system):
+    """In both settings; an evaluation gives the answers that the same model gives when it is asked for each alone."""
+    p3, losses = write_prompted(write_prompted(tmp_path / "p3"), "test"), []
+    for setting in ("split", "joint"):
+        out, again = tmp_path / setting, tmp_path / f"{setting}-again"
+        finetune(p3, start, out, "--steps", 1, "--system", system, "--setting", setting, "--dropout", 0)
+        losses.append(log_of(out)[0]["loss"])
+        run("evaluate", "--model", out, "--data", p3, "--setting", setting, "--eval-batch-size", 3, "--out", again)
+        assert settings_kept(out)["setting"] == settings_kept(again)["setting"] == setting
+        text = (again / "predictions.jsonl").read_text()
+        assert text == (out / "predictions.jsonl").read_text()
+        rows = {row["id"]: row for row in map(json.loads, text.splitlines())}
+        assert list(rows) == ["rte-1", "mine", "rte-2", "xsum-4"]
+        answerer = train.answerer_of(parsed("predict", "--model", out, "--instruction", ""))
+        for task in load_tasks(p3, "test", joint=setting == "joint")[:2]:
+            assert [rows[i.id]["prediction"] for i in task.instances] == best_of_each(answerer, task)
+        right = [row["prediction"] in row["references"] for row in rows.values() if row["task"] == "rte"]
+        metrics = json.loads((again / "metrics.json").read_text())
+        assert metrics["rte"]["exact_match"] == pytest.approx(100 * sum(right) / 3) and len(metrics) == 3
+    assert losses[0] != losses[1]
+
+
+def best_of_each(answerer: train.Answerer, task: Task) -> list[str]:
+    """The choices of a task that are the most probable ones, each pair of input and choice in a pass of its own."""
+    best = []
+    with torch.no_grad():
+        for (instruction, ids), instance in zip(answerer.prompts(task), task.instances, strict=True):
+            encoded = answerer.model.encode_instruction(torch.tensor([instruction]))
+            targets = [answerer.prompts.tokenizer.encode(choice).ids for choice in instance.choices]
+            ranks = [answerer.model.rank(encoded, pad([ids], 0), pad([t], NO_LABEL)).item() for t in targets]
+            best.append(instance.choices[ranks.index(max(ranks))])
+    return best
 
 
 def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, capsys):
@@ -512,6 +562,36 @@ def test_answers_come_back_in_the_order_of_the_inputs(tokenizer):
     assert answerer.answers(task) == texts
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_choices_are_ranked_and_what_has_none_is_generated(tokenizer, batch_size):
+    """Each instance has choices of its own, so that none can be given to another; not the first of all is the best."""
+    texts = ["the cat and " * n + "the dog" for n in (5, 1, 4, 2, 3, 1)]
+    words = "the cat sat on a mat and dog barked at it please give me book that lies table".split()
+    choices = [tuple(" ".join(words[3 * n + k :][: 1 + k]) for k in (2, 0, 1)) for n in range(6)]
+    choices[3] = ()
+    task = replace(
+        TASK, instances=tuple(Instance(str(n), *pair) for n, pair in enumerate(zip(texts, [("x",)] * 6, choices)))
+    )
+    answerer = train.Answerer(tiny_hint(vocab_size=300), HINTFormat(tokenizer), 5, batch_size, "fp32")
+    ranked = replace(task, instances=task.instances[:3] + task.instances[4:])
+    best = best_of_each(answerer, ranked)
+    assert [place for place, choice in enumerate(best) if choice != ranked.instances[place].choices[0]]
+    free = answerer.answers(replace(task, instances=(task.instances[3],)))
+    assert answerer.answers(task) == best[:3] + free + best[3:]
+
+
+def test_no_more_choices_are_ranked_at_once_than_asked_and_of_equal_ones_the_first_is_best(tokenizer):
+    class Undecided(Echo):
+        def rank(self, task, input_ids, labels):
+            sizes.append(len(labels))
+            return torch.zeros(len(labels))
+
+    sizes, instance = [], TASK.instances[0]._replace(choices=("the cat and the dog", "a cat", "it"))
+    task = replace(TASK, instances=(instance,) * 3)
+    answers = train.Answerer(Undecided(), HINTFormat(tokenizer), 5, batch_size=4, precision="fp32").answers(task)
+    assert answers == ["the cat and the dog"] * 3 and sizes == [4, 4, 1]
+
+
 # ------------------------------------------------------------------------ the loop
 
 
@@ -679,6 +759,7 @@ def test_bad_input_ends_in_one_sentence_and_leaves_nothing_behind(tmp_path, sni,
     refused(command_line(*run, *good, "--no-such-option", 3), "--no-such-option")
     refused(command_line(*run, *good, "--steps", 0), "--steps")
     refused(command_line(*run, "--data", sni, "--size", "tiny"), "--tokenizer")
+    refused(command_line(*run, *good, "--setting", "joint"), "holds no prompted examples")
     (start / "model.safetensors").write_bytes(weights[:-5])
     refused(command_line(*run, *good), "model.safetensors")
     (start / "model.safetensors").unlink()
