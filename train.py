@@ -22,6 +22,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -71,6 +72,7 @@ from data import (
     toy_tokenizer,
     toy_world,
     valid,
+    write_toy_world,
 )  # fmt: skip
 from hint import HINT, HINTConfig, PlainT5, load_model
 from hypernet import CHOICES
@@ -1032,6 +1034,212 @@ def read_lines(file: str) -> list[str]:
     return text.removesuffix("\n").split("\n") if text else []
 
 
+# --------------------------------------------------------------------------------------------- the paper's tables
+
+
+class Row(NamedTuple):
+    """A line of a table: what it adds to the command line, and the row whose model it starts from."""
+
+    words: str = ""
+    start: str = ""
+    command: str = "finetune"
+    frozen: bool = False  # T5 does not train, so in the toy world, which has no public T5, it is that of `tk-instruct`
+
+
+ROWS = {
+    "hint": Row("--system hint"),
+    "tk-instruct": Row("--system tk-instruct"),
+    "tk-instruct+peft": Row("--system tk-instruct+peft"),
+    "no-instruct": Row("--system no-instruct"),
+    "hypter": Row("--system hypter"),
+    "hypertune": Row("--system hypertune", frozen=True),
+    "hyperformer": Row("--system hyperformer --examples 5", frozen=True),
+    "hyperformer++": Row("--system hyperformer++ --examples 5", frozen=True),
+    "hyperformer++-instruction": Row("--system hyperformer++-instruction", frozen=True),
+    "no-fusion": Row("--no-fusion"),
+    "no-modules": Row("--generator none"),
+    "adapters": Row("--no-fusion --modules adapters"),
+    "prefixes": Row("--no-fusion --modules prefixes"),
+    "lora": Row("--no-fusion --modules lora"),
+    "own-hyperencoder": Row("--hyperencoder own"),
+    "full-decoder": Row("--generator decoder"),
+    "hint-text": Row("--system hint", command="pretrain"),
+    "hint-pretrained": Row("--system hint", start="hint-text"),
+    "hint-caclm-text": Row("--system hint --objective caclm", command="pretrain"),
+    "hint-caclm": Row("--system hint", start="hint-caclm-text"),
+    "no-fusion-text": Row("--no-fusion", command="pretrain"),
+    "no-fusion-pretrained": Row("--no-fusion", start="no-fusion-text"),
+    "no-fusion-caclm-text": Row("--no-fusion --objective caclm", command="pretrain"),
+    "no-fusion-caclm": Row("--no-fusion", start="no-fusion-caclm-text"),
+    "hypertune-text": Row("--system hypertune --objective caclm", command="pretrain", frozen=True),
+    "hypertune-caclm": Row("--system hypertune", start="hypertune-text", frozen=True),
+    "hint-1": Row("--system hint --examples 1"),
+    "hint-2": Row("--system hint --examples 2"),
+    "hint-5": Row("--system hint --examples 5"),
+    "tk-instruct-1": Row("--system tk-instruct --examples 1"),
+    "tk-instruct-2": Row("--system tk-instruct --examples 2"),
+    "tk-instruct-5": Row("--system tk-instruct --examples 5"),
+}
+_SHOTS = [["", "-1", "-2", "-5"][place] for place in range(4)]
+TABLES = {  # which rows each has; what they start from is trained too
+    "main": list(ROWS)[:9],  # Table 1
+    "pretraining": [
+        "hint", "hint-pretrained", "hint-caclm", "no-fusion", "no-fusion-pretrained", "no-fusion-caclm", "hypertune",
+        "hypertune-caclm",
+    ],  # Table 4
+    "modules": ["no-fusion", "adapters", "prefixes", "lora"],  # Table 5
+    "architecture": ["hint", "no-fusion", "no-modules", "own-hyperencoder", "full-decoder"],  # Table 6
+    "shots": [system + shots for system in ("hint", "tk-instruct") for shots in _SHOTS],  # Table 3, Figure 3
+}  # fmt: skip
+TOY = "--steps 2000 --batch-size 64 --learning-rate 0.03 --warmup 100 --final-rate 0.05 --dropout 0 --log-every 50 \
+--save-every 10000 --precision fp32 --bottleneck 4 --prefix-length 4 --generator-dropout 0 --embedding-scale 8"
+TOY_WORDS = {  # the recipe of the demo
+    "finetune": f"{TOY} --group 2 --max-instruction 256 --max-input 320 --max-target 16 --eval-every 500".split(),
+    "pretrain": f"{TOY} --steps 500 --batch-size 32 --max-input 64".split(),
+}
+TOY_FROZEN = ["--steps", "600"]  # beside the 2,000 of the T5 that it starts from
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Train and score the rows of the paper's tables, on the toy world or on the data and model that are named.
+
+    Each row is a `finetune` of its own, in a process of its own, and can be run again by the command that its log
+    begins with. A row that has its result is not trained again; one that was stopped goes on.
+    """
+    out, tables = Path(arguments.out), arguments.tables or list(TABLES)
+    out.mkdir(parents=True, exist_ok=True)
+    names = with_starts([name for table in tables for name in TABLES[table]], toy=arguments.data is None)
+    waiting = {}
+    for seed in arguments.seeds:
+        if arguments.data is None and not (out / f"world-{seed}" / "tokenizer.json").exists():
+            write_toy_world(out / f"world-{seed}", toy_world(seed))
+        waiting |= {f"{name}/seed-{seed}": (name, seed) for name in names}
+    bar = tqdm(total=len(waiting), desc="rows", disable=None)
+    with bar:
+        run_rows(waiting, arguments, out, bar)
+    text = "\n".join(table_text(table, arguments, out) for table in tables)
+    write(out / "tables.md", text)
+    print(text)
+
+
+def with_starts(names: Sequence[str], toy: bool) -> list[str]:
+    """Rows, each once, in an order in which what a row starts from stands before it."""
+    found: dict[str, None] = {}
+    for name in names:
+        before = start_of(name, toy)
+        found |= dict.fromkeys([*(with_starts([before], toy) if before else []), name])
+    return list(found)
+
+
+def start_of(name: str, toy: bool) -> str:
+    """The row whose model a row starts from, if any."""
+    row = ROWS[name]
+    return row.start or ("tk-instruct" if row.frozen and toy else "")
+
+
+def run_rows(waiting: dict[str, tuple[str, int]], arguments: argparse.Namespace, out: Path, bar: tqdm) -> None:
+    """Run what has no result yet, so many processes at a time; raises RunError where one fails."""
+    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    toy = arguments.data is None
+    try:
+        while waiting or running:
+            for place, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    if process.returncode:
+                        raise RunError(f"{out / place}.log: ended with status {process.returncode}; its end says why")
+                    write(out / place / "result.json", json.dumps(result_of(out / place, toy, began), indent=2) + "\n")
+                    bar.write(f"{place}: {time.time() - began:.0f} s")
+                    del running[place]
+                    bar.update()
+            for place, (name, seed) in list(waiting.items()):
+                before = start_of(name, toy)
+                if (out / place / "result.json").exists():
+                    del waiting[place]
+                    bar.update()
+                elif len(running) < arguments.jobs and (
+                    not before or (out / before / f"seed-{seed}" / "result.json").exists()
+                ):
+                    running[place] = (start_row(name, seed, arguments, out), time.time())
+                    del waiting[place]
+            time.sleep(0.2)
+    finally:
+        for process, _ in running.values():
+            process.terminate()  # it ends its step and keeps a checkpoint
+        for process, _ in running.values():
+            process.wait()
+
+
+def start_row(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> subprocess.Popen:
+    """The process that trains a row; what it prints goes into a log beside its folder."""
+    words = [sys.executable, __file__, *words_of(name, seed, arguments, out)]
+    place = out / name / f"seed-{seed}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    log = open(f"{place}.log", "w", encoding="utf-8")
+    log.write(shlex.join(words) + "\n")
+    log.flush()
+    one_thread = {"OMP_NUM_THREADS": "1"} if arguments.data is None else {}
+    with log:
+        return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **one_thread})
+
+
+def words_of(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> list[str]:
+    """The command line of a row."""
+    row, toy = ROWS[name], arguments.data is None
+    data = str(out / f"world-{seed}") if toy else arguments.data
+    corpus = [f"{data}/corpus.json.gz"] if toy else arguments.corpus
+    given = TOY_WORDS[row.command] + TOY_FROZEN * row.frozen if toy else arguments.words
+    before = start_of(name, toy)
+    start = ["--start", str(out / before / f"seed-{seed}")] if before else ["--size", "toy"] if toy else []
+    what = ["--data", data] if row.command == "finetune" else ["--corpus", *corpus]
+    tokenizer = ["--tokenizer", data] if toy else []
+    place = ["--seed", str(seed), "--out", str(out / name / f"seed-{seed}"), "--resume"]
+    return [row.command, *what, *tokenizer, *start, *given, *row.words.split(), *place]
+
+
+def result_of(folder: Path, toy: bool, began: float) -> dict:
+    """What the tables need of a finished row, from the files that it wrote."""
+    result = {"seconds": round(time.time() - began)}
+    model = load_model(folder)
+    result["trained"] = sum(part.numel() for part in model.parameters() if part.requires_grad)
+    path = folder / "predictions.jsonl"
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        groups = {"overall": rows}
+        for row in rows if toy else []:
+            groups.setdefault(re.sub(r"-\d+$", "", row["task"]), []).append(row)
+        result["scores"] = {name: scores(group) for name, group in groups.items()}
+        log = map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
+        result["curve"] = [[entry["step"], entry["exact_match"]] for entry in log if "exact_match" in entry]
+    return result
+
+
+def table_text(table: str, arguments: argparse.Namespace, out: Path) -> str:
+    """A table in Markdown: mean (lowest to highest) over the seeds."""
+    lines = []
+    for name in TABLES[table]:
+        found = [json.loads((out / name / f"seed-{seed}" / "result.json").read_text()) for seed in arguments.seeds]
+        groups = list(found[0]["scores"])[1:] or ["overall"]
+        steps = [step for step, _ in found[0]["curve"]]
+        cells = {
+            group.replace("-", " "): spread_of([f["scores"][group]["exact_match"] for f in found]) for group in groups
+        }
+        cells |= {f"all at step {step:,}": spread_of([dict(f["curve"])[step] for f in found]) for step in steps}
+        cells |= {
+            "trained": f"{found[0]['trained']:,}",
+            "seconds": f"{sum(f['seconds'] for f in found) / len(found):.0f}",
+        }
+        lines.append({"row": name, **cells})
+    heads = list(dict.fromkeys(head for line in lines for head in line))
+    text = [heads, ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
+    return f"\n{table}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in text) + "\n"
+
+
+def spread_of(values: Sequence[float]) -> str:
+    """Mean (lowest to highest)."""
+    mean = sum(values) / len(values)
+    return f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+
+
 # --------------------------------------------------------------------------------------------- command line
 
 
@@ -1074,8 +1282,8 @@ def model_and_tokenizer(
 
 
 def size_for(size: str, tokenizer: Tokenizer) -> T5Config:
-    """A size of T5 with a row for every token, and as many more as make a multiple of 128 (as published: 32,128)."""
-    return replace(SIZES[size], vocab_size=math.ceil(tokens_of(tokenizer) / 128) * 128)
+    """A size of T5 with a row for every token."""
+    return replace(SIZES[size], vocab_size=tokens_of(tokenizer))
 
 
 def with_hypernetwork(
@@ -1218,6 +1426,16 @@ def parser() -> Parser:
     command.add_argument("--split", default="test", help="which splits/default/SPLIT_tasks.txt, or SPLIT.jsonl")
     command.add_argument("--out", required=True, help="folder for metrics.json and predictions.jsonl")
     add_answering_options(command)
+    command = add_command(commands, compare)
+    command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}; all of them without any")
+    command.add_argument("--out", default="runs/compare", help="folder of all rows, and of tables.md")
+    command.add_argument(
+        "--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each row is trained with each"
+    )
+    command.add_argument("--jobs", type=at_least(1), default=2, help="rows trained at a time")
+    command.add_argument("--data", help="Super-NaturalInstructions, in place of the toy world")
+    command.add_argument("--corpus", nargs="+", help="shards of C4, with --data")
+    command.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="with --data: options of all rows, last")
     command = add_command(commands, predict)
     command.add_argument("--instruction", required=True, help="what to do with each input")
     command.add_argument("--file", help="more inputs, one a line; -: standard input")
