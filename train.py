@@ -43,6 +43,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (
@@ -74,9 +75,22 @@ from data import (
     valid,
     write_toy_world,
 )  # fmt: skip
-from hint import HINT, HINTConfig, PlainT5, load_model
+from hint import (
+    HINT,
+    ExactFlops,
+    HINTConfig,
+    PlainT5,
+    decoder_only_flops,
+    generated_numbers,
+    hint_flops,
+    load_model,
+    no_instruct_flops,
+    t5_parameters,
+    tk_instruct_flops,
+)  # fmt: skip
 from hypernet import CHOICES
 from t5 import (
+    EOS,
     SIZES,
     T5,
     Z_LOSS,
@@ -1106,20 +1120,34 @@ def compare(arguments: argparse.Namespace) -> None:
     Each row is a `finetune` of its own, in a process of its own, and can be run again by the command that its log
     begins with. A row that has its result is not trained again; one that was stopped goes on.
     """
-    out, tables = Path(arguments.out), arguments.tables or list(TABLES)
+    out, toy = Path(arguments.out), arguments.data is None
+    if unknown := set(arguments.tables) - set(TABLES) - {"time"}:
+        raise RunError(f"no table is called {min(unknown)}; there are {', '.join(TABLES)} and time")
+    tables = [table for table in TABLES if table in arguments.tables or not arguments.tables]
+    names = with_starts([name for table in tables for name in TABLES[table]], toy)
+    if any(ROWS[name].command == "pretrain" for name in names) and not toy and not arguments.corpus:
+        raise RunError("--corpus: the table of pretraining needs some, where --data takes the place of the toy world")
     out.mkdir(parents=True, exist_ok=True)
-    names = with_starts([name for table in tables for name in TABLES[table]], toy=arguments.data is None)
-    waiting = {}
-    for seed in arguments.seeds:
-        if arguments.data is None and not (out / f"world-{seed}" / "tokenizer.json").exists():
+    waiting = {f"{name}/seed-{seed}": (name, seed) for seed in arguments.seeds for name in names}
+    for seed in arguments.seeds if toy and names else []:
+        if not (out / f"world-{seed}" / "tokenizer.json").exists():
             write_toy_world(out / f"world-{seed}", toy_world(seed))
-        waiting |= {f"{name}/seed-{seed}": (name, seed) for name in names}
-    bar = tqdm(total=len(waiting), desc="rows", disable=None)
-    with bar:
+    with tqdm(total=len(waiting), desc="rows", disable=not waiting) as bar:
         run_rows(waiting, arguments, out, bar)
-    text = "\n".join(table_text(table, arguments, out) for table in tables)
-    write(out / "tables.md", text)
-    print(text)
+    texts = {table: table_text(TABLES[table], arguments.seeds, out) for table in tables}
+    if "main" in texts:
+        texts["cost"] = costs_at_medians(out / "hint" / f"seed-{arguments.seeds[0]}")
+        draw(out / "learning-curves.svg", curves(arguments.seeds, out), "steps", "exact match on all unseen tasks")
+    if "shots" in texts:
+        draw(
+            out / "score-and-compute.svg", scores_by_flops(arguments.seeds, out), "GFLOP for 100 inputs", "exact match"
+        )
+    if "time" in arguments.tables or not arguments.tables:
+        texts["time"], times = answering_times(arguments.size)
+        draw(out / "time-and-length.svg", times, "tokens of instruction", "seconds for 100 inputs")
+    for name, text in texts.items():
+        write(out / f"{name}.md", text)
+        print(f"\n{name}\n\n{text}")
 
 
 def with_starts(names: Sequence[str], toy: bool) -> list[str]:
@@ -1196,48 +1224,209 @@ def words_of(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> 
     return [row.command, *what, *tokenizer, *start, *given, *row.words.split(), *place]
 
 
-def result_of(folder: Path, toy: bool, began: float) -> dict:
+def result_of(place: Path, toy: bool, began: float) -> dict:
     """What the tables need of a finished row, from the files that it wrote."""
     result = {"seconds": round(time.time() - began)}
-    model = load_model(folder)
-    result["trained"] = sum(part.numel() for part in model.parameters() if part.requires_grad)
-    path = folder / "predictions.jsonl"
+    path = place / "predictions.jsonl"
     if path.exists():
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         groups = {"overall": rows}
         for row in rows if toy else []:
             groups.setdefault(re.sub(r"-\d+$", "", row["task"]), []).append(row)
-        result["scores"] = {name: scores(group) for name, group in groups.items()}
-        log = map(json.loads, (folder / "log.jsonl").read_text("utf-8").splitlines())
+        result["scores"] = {name.replace("-", " "): scores(group) for name, group in groups.items()}
+        log = map(json.loads, (place / "log.jsonl").read_text("utf-8").splitlines())
         result["curve"] = [[entry["step"], entry["exact_match"]] for entry in log if "exact_match" in entry]
+        result |= cost_of(place)
     return result
 
 
-def table_text(table: str, arguments: argparse.Namespace, out: Path) -> str:
-    """A table in Markdown: mean (lowest to highest) over the seeds."""
+def cost_of(place: Path) -> dict[str, int]:
+    """Numbers that train; FLOPs of all products for one instruction, and for one input, by torch's own counter.
+
+    They are means over training tasks, 16 of them, evenly chosen, four inputs each, and end where the answers end.
+    """
+    settings = read_json(place / "config.json")["run"]
+    given = {"max_new_tokens": None, "precision": "fp32", "system": None, "tokenizer": None, "examples": None}
+    answerer = answerer_of(argparse.Namespace(model=place, eval_batch_size=64, **given))
+    tasks = load_tasks(settings["data"], "train", 4)
+    tasks = tasks[:: math.ceil(len(tasks) / 16)]
+    with FlopCounterMode(display=False) as reading, torch.no_grad(), answerer.context():
+        answerer.model.to(answerer.device)
+        for task in tasks:
+            answerer.model.encode_instruction(torch.tensor([answerer.prompts(task)[0][0]], device=answerer.device))
+    with FlopCounterMode(display=False) as all_of_it:
+        count = sum(len(answerer.answers(task)) for task in tasks)
+    once, each = reading.get_total_flops(), all_of_it.get_total_flops() - reading.get_total_flops()
+    trained = sum(part.numel() for part in answerer.model.parameters() if part.requires_grad)
+    return {"trained": trained, "flops_once": once // len(tasks), "flops_each": each // count}
+
+
+def costs_at_medians(place: Path) -> str:
+    """FLOPs for 100 inputs of one task, at the median lengths of the training tasks: by the paper's formulas, and exact.
+
+    `place`: a run of HINT with the definition. As in appendix A.1, each format has medians of its own.
+    """
+    settings, model, tokenizer = read_json(place / "config.json")["run"], load_model(place), load_tokenizer(place)
+    tasks, t5, hint = load_tasks(settings["data"], "train", settings["max_instances"]), model.t5.config, model.config
+    N, p, n = t5_parameters(t5), generated_numbers(t5, hint), 100
+    ours, plain = ExactFlops(t5, hint.bottleneck, hint.prefix_length), ExactFlops(t5)
+
+    def medians(system: str) -> list[int]:
+        prompts = prompt_format(system, tokenizer, 0, notes_of_run({"run": settings}).recipe)
+        lengths = zip(*(map(len, ids) for ids in encode_tasks(tasks, prompts, settings["max_target"], 0)))
+        return [sorted(part)[len(part) // 2] for part in map(list, lengths)]
+
+    t, i, o = medians("hint")
+    whole_input = medians("tk-instruct")[1]
+    H = ours.generate_modules(t)
+    found = {
+        "hint": (hint_flops(n, i, t, o, N, H, p), ours.encode_instruction(t) + ours.generate(n, i, o, t)),
+        "tk-instruct": (tk_instruct_flops(n, i, whole_input - i, o, N), plain.generate(n, whole_input, o)),
+        "no-instruct": (no_instruct_flops(n, i, o, N), plain.generate(n, i, o)),
+        "decoder alone, keys and values kept": (decoder_only_flops(n, i, whole_input - i, o, N), None),
+    }
+    first = f"Median tokens: instruction {t}, input {i}, answer {o}; all in one input {whole_input}.\n\n"
+    lines = [
+        {
+            "100 inputs": name,
+            "by formula (GFLOP)": f"{formula / 1e9:.3g}",
+            "exact": f"{exact / 1e9:.3g}" if exact else "",
+        }
+        for name, (formula, exact) in found.items()
+    ]
+    return first + markdown(lines)
+
+
+def flops_of_100(result: dict) -> float:
+    """GFLOP for 100 inputs of one task."""
+    return (result["flops_once"] + 100 * result["flops_each"]) / 1e9
+
+
+def results_of(name: str, seeds: Sequence[int], out: Path) -> list[dict]:
+    """What is known of a row, for each seed."""
+    return [read_json(out / name / f"seed-{seed}" / "result.json") for seed in seeds]
+
+
+def table_text(names: Sequence[str], seeds: Sequence[int], out: Path) -> str:
+    """A table in Markdown: exact match, mean (lowest to highest) over the seeds; costs of the first seed."""
     lines = []
-    for name in TABLES[table]:
-        found = [json.loads((out / name / f"seed-{seed}" / "result.json").read_text()) for seed in arguments.seeds]
+    for name in names:
+        found = results_of(name, seeds, out)
         groups = list(found[0]["scores"])[1:] or ["overall"]
+        cells = {group: spread_of([one["scores"][group]["exact_match"] for one in found]) for group in groups}
+        cells["ROUGE-L"] = spread_of([one["scores"]["overall"]["rougeL"] for one in found])
         steps = [step for step, _ in found[0]["curve"]]
-        cells = {
-            group.replace("-", " "): spread_of([f["scores"][group]["exact_match"] for f in found]) for group in groups
-        }
-        cells |= {f"all at step {step:,}": spread_of([dict(f["curve"])[step] for f in found]) for step in steps}
-        cells |= {
-            "trained": f"{found[0]['trained']:,}",
-            "seconds": f"{sum(f['seconds'] for f in found) / len(found):.0f}",
-        }
+        cells |= {f"at step {step:,}": spread_of([dict(one["curve"])[step] for one in found]) for step in steps}
+        cells["numbers trained"] = f"{found[0]['trained']:,}"
+        cells["GFLOP for 100 inputs"] = f"{flops_of_100(found[0]):.3g}"
+        cells["seconds"] = f"{sum(one['seconds'] for one in found) / len(found):.0f}"
         lines.append({"row": name, **cells})
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[dict[str, str]]) -> str:
+    """A table, a column for each key that a line has."""
     heads = list(dict.fromkeys(head for line in lines for head in line))
-    text = [heads, ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
-    return f"\n{table}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in text) + "\n"
+    rows = [heads, ["---"] * len(heads), *([line.get(head, "") for head in heads] for line in lines)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def spread_of(values: Sequence[float]) -> str:
     """Mean (lowest to highest)."""
     mean = sum(values) / len(values)
     return f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+
+
+Lines = dict[str, list[tuple[float, float]]]  # points of the lines of a picture, by their names
+
+
+def curves(seeds: Sequence[int], out: Path) -> Lines:
+    """Exact match on all unseen tasks over the steps of training, mean over the seeds; the end counts as the last."""
+    lines = {}
+    for name in TABLES["main"]:
+        found = results_of(name, seeds, out)
+        steps = [step for step, _ in found[0]["curve"]]
+        points = [(step, sum(dict(one["curve"])[step] for one in found) / len(found)) for step in steps]
+        last = read_json(out / name / f"seed-{seeds[0]}" / "config.json")["run"]["steps"]
+        end = sum(one["scores"]["overall"]["exact_match"] for one in found) / len(found)
+        lines[name] = [*points, (last, end)]
+    return lines
+
+
+def scores_by_flops(seeds: Sequence[int], out: Path) -> Lines:
+    """Figure 3: score against compute, from no example in the instruction to five."""
+    lines: Lines = {}
+    for name in TABLES["shots"]:
+        found = results_of(name, seeds, out)
+        score = sum(one["scores"]["overall"]["exact_match"] for one in found) / len(found)
+        lines.setdefault(ROWS[name].words.split()[1], []).append((flops_of_100(found[0]), score))
+    return lines
+
+
+def answering_times(size: str, lengths: Sequence[int] = (0, 50, 100, 200, 400, 700, 1000)) -> tuple[str, Lines]:
+    """Figure 4: seconds for 100 inputs of one task (100 tokens each, 16 new ones), by the length of its instruction.
+
+    HINT, the hypernetwork included, against the instruction in every input; random weights that never end an answer;
+    medians of three rounds in which both take turns.
+    """
+    model = HINT(T5(SIZES[size]), HINTConfig()).to(device_and_precision("fp32")[0]).eval()
+    nn.init.zeros_(model.t5.lm_head.weight.data[EOS])
+    device = model.t5.shared.weight.device
+    inputs = torch.randint(2, 32000, (100, 100), device=device)
+    table, lines = [], {"hint": [], "tk-instruct": []}
+    for length in tqdm(lengths, "time", leave=False):
+        instruction = torch.randint(2, 32000, (1, length + 1), device=device)  # `</s>` at least
+        whole_inputs = torch.cat([instruction[:, 1:].expand(100, -1), inputs], dim=1)
+        seconds: dict[str, list[float]] = {name: [] for name in lines}
+        for _ in range(3):
+            for name in lines:
+                began = time.perf_counter()
+                with torch.inference_mode():
+                    if name == "hint":
+                        model.generate(model.encode_instruction(instruction), inputs, max_new_tokens=16).cpu()
+                    else:
+                        model.t5.generate(whole_inputs, max_new_tokens=16).cpu()
+                seconds[name].append(time.perf_counter() - began)
+        medians = {name: sorted(found)[1] for name, found in seconds.items()}
+        for name, median in medians.items():
+            lines[name].append((length, median))
+        cells = {name: f"{median:.2f} s" for name, median in medians.items()}
+        faster = f"{medians['tk-instruct'] / medians['hint']:.2f}"
+        table.append({"tokens of instruction": f"{length:,}", **cells, "times as fast": faster})
+    return markdown(table), lines
+
+
+COLOURS = ("#2f81f7", "#d9730d", "#1a9850", "#8957e5", "#c93c37", "#768390", "#b08800", "#0e8a8a", "#d14fa3")
+
+
+def draw(path: Path, lines: Lines, across: str, up: str) -> None:
+    """A picture of lines with a point for each value, as SVG, in colours that show on light and dark pages."""
+    width, height, left, right, top, bottom = 720, 360, 60, 210, 20, 50
+    points = [point for line in lines.values() for point in line]
+    far, high = (max(values) * 1.05 or 1 for values in zip(*points))
+    x = lambda value: left + value / far * (width - left - right)  # noqa: E731
+    y = lambda value: height - bottom - value / high * (height - top - bottom)  # noqa: E731
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
+        "<style>text{fill:#57606a}@media(prefers-color-scheme:dark){text{fill:#adbac7}}</style>",
+        f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#768390"/>',
+        f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{across}</text>',
+        f'<text transform="translate(16 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">{up}</text>',
+    ]
+    for part in range(1, 6):
+        for value, place, anchor in (
+            (far, f'x="{x(far * part / 5):.0f}" y="{height - bottom + 18}"', "middle"),
+            (high, f'x="{left - 6}" y="{y(high * part / 5) + 4:.0f}"', "end"),
+        ):
+            parts.append(f'<text {place} text-anchor="{anchor}">{value * part / 5:,.3g}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        colour, row = COLOURS[number % len(COLOURS)], top + 14 + 20 * number
+        path_of_line = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in line)
+        parts.append(f'<path d="M{path_of_line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5" fill="{colour}"/>' for a, b in line]
+        parts.append(f'<rect x="{width - right + 14}" y="{row - 10}" width="12" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{width - right + 32}" y="{row}">{name}</text>')
+    write(path, "\n".join([*parts, "</svg>"]) + "\n")
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -1427,11 +1616,12 @@ def parser() -> Parser:
     command.add_argument("--out", required=True, help="folder for metrics.json and predictions.jsonl")
     add_answering_options(command)
     command = add_command(commands, compare)
-    command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}; all of them without any")
+    command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}, time; all without any")
     command.add_argument("--out", default="runs/compare", help="folder of all rows, and of tables.md")
     command.add_argument(
         "--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each row is trained with each"
     )
+    command.add_argument("--size", choices=SIZES, default="tiny", help="of the model whose time is measured")
     command.add_argument("--jobs", type=at_least(1), default=2, help="rows trained at a time")
     command.add_argument("--data", help="Super-NaturalInstructions, in place of the toy world")
     command.add_argument("--corpus", nargs="+", help="shards of C4, with --data")
