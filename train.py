@@ -1123,6 +1123,8 @@ def compare(arguments: argparse.Namespace) -> None:
     out, toy = Path(arguments.out), arguments.data is None
     if unknown := set(arguments.tables) - set(TABLES) - {"time"}:
         raise RunError(f"no table is called {min(unknown)}; there are {', '.join(TABLES)} and time")
+    if toy and (arguments.start or arguments.size or arguments.tokenizer or arguments.corpus or arguments.words):
+        raise RunError("--start, --size, --tokenizer, --corpus and --words are for --data; the toy world has its own")
     tables = [table for table in TABLES if table in arguments.tables or not arguments.tables]
     names = with_starts([name for table in tables for name in TABLES[table]], toy)
     if any(ROWS[name].command == "pretrain" for name in names) and not toy and not arguments.corpus:
@@ -1143,7 +1145,7 @@ def compare(arguments: argparse.Namespace) -> None:
             out / "score-and-compute.svg", scores_by_flops(arguments.seeds, out), "GFLOP for 100 inputs", "exact match"
         )
     if "time" in arguments.tables or not arguments.tables:
-        texts["time"], times = answering_times(arguments.size)
+        texts["time"], times = answering_times(arguments.time_size)
         draw(out / "time-and-length.svg", times, "tokens of instruction", "seconds for 100 inputs")
     for name, text in texts.items():
         write(out / f"{name}.md", text)
@@ -1176,7 +1178,7 @@ def run_rows(waiting: dict[str, tuple[str, int]], arguments: argparse.Namespace,
                     if process.returncode:
                         raise RunError(f"{out / place}.log: ended with status {process.returncode}; its end says why")
                     write(out / place / "result.json", json.dumps(result_of(out / place, toy, began), indent=2) + "\n")
-                    bar.write(f"{place}: {time.time() - began:.0f} s")
+                    bar.write(f"{place}: {time.time() - began:.0f} s", file=sys.stderr)
                     del running[place]
                     bar.update()
             for place, (name, seed) in list(waiting.items()):
@@ -1217,9 +1219,11 @@ def words_of(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> 
     corpus = [f"{data}/corpus.json.gz"] if toy else arguments.corpus
     given = TOY_WORDS[row.command] + TOY_FROZEN * row.frozen if toy else arguments.words
     before = start_of(name, toy)
-    start = ["--start", str(out / before / f"seed-{seed}")] if before else ["--size", "toy"] if toy else []
+    start = out / before / f"seed-{seed}" if before else arguments.start
+    start = ["--start", str(start)] if start else ["--size", arguments.size or "toy"]
     what = ["--data", data] if row.command == "finetune" else ["--corpus", *corpus]
-    tokenizer = ["--tokenizer", data] if toy else []
+    tokenizer = data if toy else arguments.tokenizer
+    tokenizer = ["--tokenizer", tokenizer] if tokenizer else []
     place = ["--seed", str(seed), "--out", str(out / name / f"seed-{seed}"), "--resume"]
     return [row.command, *what, *tokenizer, *start, *given, *row.words.split(), *place]
 
@@ -1621,11 +1625,15 @@ def parser() -> Parser:
     command.add_argument(
         "--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each row is trained with each"
     )
-    command.add_argument("--size", choices=SIZES, default="tiny", help="of the model whose time is measured")
+    command.add_argument("--time-size", choices=SIZES, default="tiny", help="of the model whose time is measured")
     command.add_argument("--jobs", type=at_least(1), default=2, help="rows trained at a time")
     command.add_argument("--data", help="Super-NaturalInstructions, in place of the toy world")
     command.add_argument("--corpus", nargs="+", help="shards of C4, with --data")
-    command.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="with --data: options of all rows, last")
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--start", help="with --data: the T5 that rows start from, a folder or a public name")
+    start.add_argument("--size", choices=SIZES, help="with --data: fresh weights of this size, in place of --start")
+    command.add_argument("--tokenizer", help="with --data: folder, file or public name; that of --start without it")
+    command.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="with --data: more options of all rows")
     command = add_command(commands, predict)
     command.add_argument("--instruction", required=True, help="what to do with each input")
     command.add_argument("--file", help="more inputs, one a line; -: standard input")
