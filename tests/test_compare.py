@@ -113,7 +113,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path):
         (["main", "--size", "toy"], "are for --data"),
     ):
         with pytest.raises(SystemExit, match=message):
-            train.main(["compare", "--out", str(tmp_path / "out"), "--seeds", "0", *words])
+            train.main(["compare", *words[:1], "--out", str(tmp_path / "out"), "--seeds", "0", *words[1:]])
 
 
 def test_every_row_of_every_table_is_a_command_line_that_can_be_read(tmp_path):
