@@ -214,6 +214,9 @@ DEMO_HINT = HINTConfig(bottleneck=4, prefix_length=4, generator_dropout=0.0, emb
 NOT_IN_PRETRAINING = ("group", "max_instruction", "max_target", "eval_every")
 
 
+SETTINGS = ("split", "joint")  # of P3: what the instance's text is
+
+
 class System(NamedTuple):
     """What a name of `--system` stands for: the texts that a model reads, and its hypernetwork, if it has one."""
 
@@ -756,9 +759,10 @@ class Answerer:
 
     def __init__(
         self, model: nn.Module, prompts: PromptFormat, max_new_tokens: int, batch_size: int, precision: str,
-        system: str = "hint",
+        notes: Notes | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.prompts, self.system = model, prompts, system
+        """`notes`: how the model was trained, where that was read with it."""
+        self.model, self.prompts, self.notes = model, prompts, notes
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.device, self.context = device_and_precision(precision)
 
@@ -1021,10 +1025,11 @@ def tasks_of(arguments: argparse.Namespace, split: str) -> list[Task]:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Score a model on a split: a folder of this project, or a public T5 such as Tk-Instruct."""
+    answerer = answerer_of(arguments)
+    arguments.setting = arguments.setting or answerer.notes.setting
     run = Run(arguments.out, settings_of(arguments))
     tasks = tasks_of(arguments, arguments.split)
-    answerer = answerer_of(arguments)
-    run.settings |= {"system": answerer.system, "examples": answerer.prompts.examples}
+    run.settings |= {"system": answerer.notes.system, "examples": answerer.prompts.examples}
     run.begin()
     report(by_task(answerer.predictions(tasks)), run.out)
 
@@ -1521,6 +1526,7 @@ class Notes(NamedTuple):
     system: str | None
     examples: int
     tasks: list[str]  # the rows of a table of task embeddings
+    setting: str | None  # of prompted examples
     recipe: Recipe
 
 
@@ -1536,11 +1542,13 @@ def notes_of_run(found: dict) -> Notes:
         )
     if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
         raise CheckpointError("its run has tasks that are no list of names")
+    if (setting := notes.get("setting")) not in (None, *SETTINGS):
+        raise CheckpointError(f"its run has a setting {setting!r:.40}, which there is not")
     try:
         recipe = Recipe(**{item.name: notes[item.name] for item in fields(Recipe) if item.name in notes})
     except RunError as error:
         raise CheckpointError(f"its run makes no sense ({error})") from None
-    return Notes(system, examples, tasks, recipe)
+    return Notes(system, examples, tasks, setting, recipe)
 
 
 def answerer_of(arguments: argparse.Namespace) -> Answerer:
@@ -1562,7 +1570,7 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
         arguments.max_new_tokens or notes.recipe.max_target,
         arguments.precision or notes.recipe.precision,
     )
-    return Answerer(model, prompts, longest, arguments.eval_batch_size, precision, system)
+    return Answerer(model, prompts, longest, arguments.eval_batch_size, precision, notes._replace(system=system))
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -1665,9 +1673,9 @@ def add_data_options(command: Parser) -> None:
     )
     command.add_argument(
         "--setting",
-        choices=("split", "joint"),
-        default="split",
-        help="of prompted examples only: the input is the instance's fields, or the whole prompt",
+        choices=SETTINGS,
+        help="of prompted examples only: the input is the instance's fields (split: so without it, but in an evaluation "
+        "as in training), or the whole prompt",
     )
 
 
