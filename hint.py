@@ -40,8 +40,8 @@ from t5 import (
     read_config,
     read_pickle,
     read_weights,
-    replacing,
     save_folder,
+    write_pickle,
 )  # fmt: skip
 
 
@@ -62,8 +62,7 @@ class EncodedTask(NamedTuple):
 
     def save(self, path: str | os.PathLike) -> None:
         """Keep the task; with the model that encoded it, its instruction is never needed again."""
-        with replacing(Path(path)) as file:
-            torch.save(map_tensors(torch.Tensor.detach, self), file)
+        write_pickle(Path(path), map_tensors(torch.Tensor.detach, self))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> EncodedTask:

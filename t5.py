@@ -11,6 +11,7 @@ P prefix, L layers, V vocabulary.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -1009,6 +1010,14 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def write_pickle(path: Path, value: object) -> None:
+    """`torch.save`, in memory first: a full disk under it would be a RuntimeError about positions, not an OSError."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    with replacing(path) as file:
+        file.write(content.getbuffer())
 
 
 @contextmanager

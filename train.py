@@ -15,7 +15,6 @@ Training writes the model, `config.json` and `log.jsonl` into a folder of its ow
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
@@ -104,6 +103,7 @@ from t5 import (
     read_pickle,
     replacing,
     set_gradient_checkpointing,
+    write_pickle,
 )
 
 
@@ -447,10 +447,7 @@ class Run:
         if rank() > 0:
             self.step = step
             return
-        file_content = io.BytesIO()  # a full disk under torch.save itself would be a RuntimeError about positions
-        torch.save(state, file_content)
-        with replacing(self.out / f"training-{step}.pt") as file:
-            file.write(file_content.getbuffer())
+        write_pickle(self.out / f"training-{step}.pt", state)
         model.save_pretrained(self.out, notes={"run": self.settings}, metadata={"step": str(step)})
         self.step = step
         self._tidy(step)
@@ -516,26 +513,13 @@ def train(
     trained = spread(model, recipe.shard, device)
     run.begin()
     write(run.out / "tokenizer.json", tokenizer.to_str())  # the folder must answer without any other
-    model.train()
-    set_gradient_checkpointing(model, recipe.gradient_checkpointing)
-    optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
-    if rank() > 0:
-        torch.manual_seed(recipe.seed + rank())  # its own dropout; weights and data have been drawn
-    if run.step:
-        restore(optimizer, meter, run)
-    bar = tqdm(
-        range(run.step + 1, recipe.steps + 1),
-        initial=run.step,
-        total=recipe.steps,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-        disable=rank() > 0,
-    )
-    with bar, noting_signals() as signals:
+    optimizer, meter = optimizer_and_meter(model, recipe, run)
+    with progress(run.step, recipe.steps) as bar, noting_signals() as signals:
         for step in bar:
             if evaluate and evaluation_is_due(step - 1, recipe):
                 with on_signals(stop_at_once):
                     evaluate(step - 1)
-                model.train()
+            model.train()
             began = time.perf_counter()
             optimizer.param_groups[0]["lr"] = learning_rate(step, recipe)
             examples = source.take(recipe.batch_size)
@@ -556,6 +540,23 @@ def train(
                 run.save(step, model, optimizer, source, meter)
             if stopped_by:
                 raise Stopped(stopped_by[0], f"stopped; {run.kept()}")
+
+
+def optimizer_and_meter(model: nn.Module, recipe: Recipe, run: Run) -> tuple[torch.optim.Optimizer, Meter]:
+    """New ones, or those of the run's checkpoint, with its random numbers."""
+    set_gradient_checkpointing(model, recipe.gradient_checkpointing)
+    optimizer, meter = adafactor(model, recipe.learning_rate), Meter()
+    if rank() > 0:
+        torch.manual_seed(recipe.seed + rank())  # its own dropout; weights and data have been drawn
+    if run.step:
+        restore(optimizer, meter, run)
+    return optimizer, meter
+
+
+def progress(done: int, steps: int) -> tqdm:
+    """The steps that are left, as a bar."""
+    often = 0.5 if sys.stderr.isatty() else 10
+    return tqdm(range(done + 1, steps + 1), initial=done, total=steps, mininterval=often, disable=rank() > 0)
 
 
 def evaluation_is_due(step: int, recipe: Recipe) -> bool:
