@@ -1411,32 +1411,41 @@ COLOURS = ("#2f81f7", "#d9730d", "#1a9850", "#8957e5", "#c93c37", "#768390", "#b
 
 def draw(path: Path, lines: Lines, across: str, up: str) -> None:
     """A picture of lines with a point for each value, as SVG, in colours that show on light and dark pages."""
-    width, height, left, right, top, bottom = 720, 360, 60, 210, 20, 50
-    points = [point for line in lines.values() for point in line]
-    far, high = (max(values) * 1.05 or 1 for values in zip(*points))
-    x = lambda value: left + value / far * (width - left - right)  # noqa: E731
-    y = lambda value: height - bottom - value / high * (height - top - bottom)  # noqa: E731
+    width, height, left, right, top, bottom = 720, 360, 60, 210, 20, 310  # of the picture; of the field of the lines
+    wide, high = (ticks(max(values)) for values in zip(*(point for line in lines.values() for point in line)))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / wide[-1] * (width - right - left), bottom - y / high[-1] * (bottom - top)
+
+    def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
+        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}"{more}>{words}</text>'
+
+    middle = (top + bottom) / 2
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="13">',
         "<style>text{fill:#57606a}@media(prefers-color-scheme:dark){text{fill:#adbac7}}</style>",
-        f'<path d="M{left} {top}V{height - bottom}H{width - right}" fill="none" stroke="#768390"/>',
-        f'<text x="{(left + width - right) / 2}" y="{height - 10}" text-anchor="middle">{across}</text>',
-        f'<text transform="translate(16 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">{up}</text>',
+        f'<path d="M{left} {top}V{bottom}H{width - right}" fill="none" stroke="#768390"/>',
+        text((left + width - right) / 2, height - 10, across),
+        text(16, middle, up, more=f' transform="rotate(-90 16 {middle})"'),
+        *(text(place(tick, 0)[0], bottom + 18, f"{tick:,g}") for tick in wide),
+        *(text(left - 6, place(0, tick)[1] + 4, f"{tick:,g}", "end") for tick in high),
     ]
-    for part in range(1, 6):
-        for value, place, anchor in (
-            (far, f'x="{x(far * part / 5):.0f}" y="{height - bottom + 18}"', "middle"),
-            (high, f'x="{left - 6}" y="{y(high * part / 5) + 4:.0f}"', "end"),
-        ):
-            parts.append(f'<text {place} text-anchor="{anchor}">{value * part / 5:,.3g}</text>')
     for number, (name, line) in enumerate(lines.items()):
         colour, row = COLOURS[number % len(COLOURS)], top + 14 + 20 * number
-        path_of_line = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in line)
-        parts.append(f'<path d="M{path_of_line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5" fill="{colour}"/>' for a, b in line]
+        points = [place(*point) for point in line]
+        route = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        parts.append(f'<path d="M{route}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in points]
         parts.append(f'<rect x="{width - right + 14}" y="{row - 10}" width="12" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{width - right + 32}" y="{row}">{name}</text>')
+        parts.append(text(width - right + 32, row, name, "start"))
     write(path, "\n".join([*parts, "</svg>"]) + "\n")
+
+
+def ticks(highest: float) -> list[float]:
+    """Round numbers from 0 to `highest` or a little more, at most seven of them."""
+    size = 10 ** math.floor(math.log10(highest or 1))
+    step = next(size * part for part in (0.2, 0.5, 1.0, 2.0) if highest <= 6 * size * part)
+    return [round(step * number, 9) for number in range(math.ceil((highest or 1) / step) + 1)]
 
 
 # --------------------------------------------------------------------------------------------- command line

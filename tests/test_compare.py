@@ -178,3 +178,11 @@ def test_times_are_of_the_same_inputs_with_and_without_their_instruction(monkeyp
 
 
 encode = train.T5.encode
+
+
+def test_ticks_are_few_round_and_reach_the_highest_value():
+    assert train.ticks(100) == [0, 20, 40, 60, 80, 100] and train.ticks(2000) == [0, 500, 1000, 1500, 2000]
+    assert train.ticks(0.37) == [0, 0.1, 0.2, 0.3, 0.4] and train.ticks(0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    for highest in (0.011, 1.9, 6.1, 99.9, 1001):
+        found = train.ticks(highest)
+        assert 3 <= len(found) <= 7 and found[-2] < highest <= found[-1]
