@@ -1215,7 +1215,8 @@ def start_row(name: str, seed: int, arguments: argparse.Namespace, out: Path) ->
     log.flush()
     one_thread = {"OMP_NUM_THREADS": "1"} if arguments.data is None else {}
     with log:
-        return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **one_thread})
+        # In a session of its own, so that Ctrl-C reaches it once, from here: a second signal would stop it at once.
+        return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **one_thread}, start_new_session=True)
 
 
 def words_of(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> list[str]:

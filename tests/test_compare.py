@@ -105,6 +105,25 @@ def test_a_row_that_fails_is_named_and_the_others_are_stopped(toy, tmp_path, mon
     assert (tmp_path / "tk-instruct" / "seed-0" / "result.json").exists() and not (tmp_path / "small.md").exists()
 
 
+def test_rows_that_run_are_stopped_with_the_comparison(toy, tmp_path, monkeypatch):
+    started = []
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            started.append(self)
+
+    def interrupt(_):
+        raise train.Stopped(2)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    monkeypatch.setattr(train.time, "sleep", interrupt)
+    with pytest.raises(SystemExit) as end:
+        train.main(["compare", "small", "--out", str(tmp_path), "--seeds", "0", "--jobs", "2"])
+    assert end.value.code == 130 and len(started) == 2
+    assert all(process.returncode not in (None, 0) for process in started), "none runs on, none has finished"
+
+
 def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path):
     for words, message in (
         (["tables"], "no table is called tables"),
