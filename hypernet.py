@@ -241,8 +241,8 @@ class DirectGenerator(ColumnGenerator):
         """Nothing is read."""
 
     def collect(self, columns: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """C [1, N, d], as it is."""
-        return columns
+        """C [1, N, d], as it is, for each of B instructions."""
+        return columns.expand(len(states), -1, -1)
 
 
 class DecoderGenerator(ColumnGenerator):
