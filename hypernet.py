@@ -76,7 +76,9 @@ class HINTConfig:
             raise CheckpointError(f"the generator {self.generator} leaves no choice of modules")
         unread = self.generator == "none" or self.generator == "direct" and self.hyperencoder == "own"
         if unread and not self.fusion:
-            raise CheckpointError(f"with the generator {self.generator} and without fusion nothing reads the instruction")
+            raise CheckpointError(
+                f"with the generator {self.generator} and without fusion nothing reads the instruction"
+            )
         if (self.generator, self.hyperencoder, self.trains) == ("none", "tied", "hypernetwork"):
             raise CheckpointError("the generator none has nothing to train where T5 is frozen")
 
