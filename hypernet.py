@@ -70,6 +70,17 @@ class HINTConfig:
             raise CheckpointError("a table of tasks is for the generators hyperformer and hyperformer++, and has rows")
         if self.hyperencoder == "table" and self.fusion:
             raise CheckpointError("a table of tasks has no states of an instruction to fuse")
+        if self.hyperencoder != "table" and self.tasks:
+            raise CheckpointError(f"numbers of tasks are for the hyperencoder table, not {self.hyperencoder}")
+        if self.modules != HINTConfig.modules and self.generator in ("none", "hyperformer", "hyperformer++"):
+            raise CheckpointError(f"the generator {self.generator} leaves no choice of modules")
+        unread = self.generator == "none" or self.generator == "direct" and self.hyperencoder == "own"
+        if unread and not self.fusion:
+            raise CheckpointError(
+                f"with the generator {self.generator} and without fusion nothing reads the instruction"
+            )
+        if (self.generator, self.hyperencoder, self.trains) == ("none", "tied", "hypernetwork"):
+            raise CheckpointError("the generator none has nothing to train where T5 is frozen")
 
 
 # --------------------------------------------------------------------------------------------- what is generated
@@ -241,8 +252,8 @@ class DirectGenerator(ColumnGenerator):
         """Nothing is read."""
 
     def collect(self, columns: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
-        """C [1, N, d], as it is."""
-        return columns
+        """C [1, N, d], as it is, for each of B instructions."""
+        return columns.expand(len(states), -1, -1)
 
 
 class DecoderGenerator(ColumnGenerator):

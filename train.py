@@ -834,6 +834,14 @@ class Answerer:
 FIT_STEPS, FIT_RATE, FIT_TOKENS = 50, 0.1, 16384  # of Adam, for new task embeddings, which have a size of about 1
 
 
+def new_tasks(tasks: Sequence[Task], prompts: TaskNumberFormat) -> list[Task]:
+    """Those that a Hyperformer has not been trained on. Raises RunError where one has no example to fit it to."""
+    new = [task for task in tasks if task.name not in prompts.trained]
+    if empty := [task.name for task in new if not task.examples[: prompts.examples]]:
+        raise RunError(f"{empty[0]}: was not trained on, and has no example to fit an embedding to; see --examples")
+    return new
+
+
 def fit_new_tasks(
     model: HINT, tasks: Sequence[Task], prompts: TaskNumberFormat, device: torch.device, context: Callable
 ) -> None:
@@ -842,23 +850,21 @@ def fit_new_tasks(
 
     All new tasks are fitted at once, from the mean of those trained. Raises RunError where there is no example.
     """
-    new = [task for task in tasks if task.name not in prompts.trained]
+    new = new_tasks(tasks, prompts)
     prompts.fitted = {task.name: len(prompts.trained) + number for number, task in enumerate(new)}
     if not new:
         return
-    if empty := [task.name for task in new if not task.examples[: prompts.examples]]:
-        raise RunError(f"{empty[0]}: was not trained on, and has no example to fit an embedding to; see --examples")
     table = model.to(device).eval().hyperencoder
     table.fitted = table.weight.detach().mean(0).repeat(len(new), 1).requires_grad_()
     optimizer = torch.optim.Adam([table.fitted], lr=FIT_RATE)
     parts = [to(device, collate(part)) for part in microbatches(prompts.shots(new), FIT_TOKENS)]
     for _ in range(FIT_STEPS):
-        optimizer.zero_grad()
+        table.fitted.grad = torch.zeros_like(table.fitted)
         for part in parts:
             with context():
                 loss = model(*part).cross_entropy
-            (table.fitted.grad,) = torch.autograd.grad(loss, [table.fitted])
-            optimizer.step()
+            table.fitted.grad += torch.autograd.grad(loss, [table.fitted])[0]
+        optimizer.step()
     table.fitted = table.fitted.detach()
 
 
@@ -1001,8 +1007,10 @@ def finetune(arguments: argparse.Namespace) -> None:
     numbered = SYSTEMS[arguments.system].prompts is TaskNumberFormat
     names = list(dict.fromkeys(task.name for task in tasks["train"])) if numbered else []
     run.settings["tasks"] = names
-    model, tokenizer = model_and_tokenizer(arguments, recipe, run, tasks=len(names))
+    model, tokenizer = model_and_tokenizer(arguments, recipe, run, names)
     prompts = prompt_format(arguments.system, tokenizer, arguments.examples, recipe, names)
+    if numbered:
+        new_tasks(tasks["test"], prompts)  # what could not be scored in the end is refused now
     examples = encode_tasks(tasks["train"], prompts, recipe.max_target, recipe.seed)
     source = Shuffled(examples, recipe.seed, run.state["position"] or 0, recipe.group, tasks["train"])
 
@@ -1041,6 +1049,8 @@ def predict(arguments: argparse.Namespace) -> None:
     inputs = arguments.inputs + (read_lines(file) if file else [])
     instances = tuple(Instance(str(number), valid(text), ()) for number, text in enumerate(inputs))
     answerer = answerer_of(arguments)
+    if isinstance(answerer.prompts, TaskNumberFormat):
+        raise RunError(f"{arguments.model}: knows tasks by their numbers and reads no instruction; use evaluate")
     if instances:
         print("\n".join(answerer.answers(Task("predict", valid(arguments.instruction), (), instances))))
 
@@ -1472,11 +1482,11 @@ def prompt_format(
 
 
 def model_and_tokenizer(
-    arguments: argparse.Namespace, recipe: Recipe, run: Run, tasks: int = 0
+    arguments: argparse.Namespace, recipe: Recipe, run: Run, tasks: Sequence[str] = ()
 ) -> tuple[nn.Module, Tokenizer]:
     """The model that a run starts from: its own checkpoint, a folder or public name, or fresh weights of a size.
 
-    `tasks`: how many a table of task embeddings is for.
+    `tasks`: the names of those that a table of task embeddings is for.
     """
     torch.manual_seed(recipe.seed)
     start = run.out if run.step else arguments.start
@@ -1496,24 +1506,32 @@ def size_for(size: str, tokenizer: Tokenizer) -> T5Config:
 
 
 def with_hypernetwork(
-    model: HINT | PlainT5, arguments: argparse.Namespace, tasks: int, start: object
+    model: HINT | PlainT5, arguments: argparse.Namespace, tasks: Sequence[str], start: object
 ) -> HINT | PlainT5:
-    """A model as what `--system` says. A hypernetwork that it has already stays as it is. Raises RunError."""
+    """A model as what `--system` says. A hypernetwork that it has already keeps its sizes; one of another kind, and
+    options of one that the system does not have, raise RunError.
+    """
     preset = SYSTEMS[arguments.system].hypernetwork
+    given = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig) if hasattr(arguments, item.name)}
+    given = {name: value for name, value in given.items() if value is not None}
     if preset is None:
         if isinstance(model, HINT):
             raise RunError(f"{start}: is a HINT model, which cannot become --system {arguments.system}")
+        if kinds := sorted(given.keys() & CHOICES):
+            raise RunError(f"--system {arguments.system}: has no hypernetwork whose {kinds[0]} could be chosen")
         return model
-    given = {item.name: getattr(arguments, item.name) for item in fields(HINTConfig) if hasattr(arguments, item.name)}
-    given = {"tasks": tasks, **{name: value for name, value in given.items() if value is not None}}
+    given["tasks"] = len(tasks)
     if not isinstance(model, HINT):
         return HINT(model.t5, HINTConfig(**{**preset, **given}))
-    fixed = {name: value for name, value in {**preset, **given}.items() if name != "generator_dropout"}
+    of_hint = {name: getattr(HINTConfig, name) for name in CHOICES}
+    fixed = {name: value for name, value in {**of_hint, **preset, **given}.items() if name != "generator_dropout"}
     if "bottleneck" not in given:  # that of a preset is for a new hypernetwork
         fixed.pop("bottleneck", None)
     for name, value in fixed.items():
         if (found := getattr(model.config, name)) != value:
             raise RunError(f"{start}: has a hypernetwork already, whose {name} of {found} cannot be changed")
+    if tasks and read_config(start, notes_of_run).tasks != list(tasks):
+        raise RunError(f"{start}: has embeddings of other tasks")
     if "generator_dropout" in given:
         model.config = replace(model.config, generator_dropout=given["generator_dropout"])
     return model
@@ -1575,7 +1593,8 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
     check_vocabulary(tokenizer, model, arguments.tokenizer or arguments.model)
     examples = notes.examples if arguments.examples is None else arguments.examples
     prompts = prompt_format(system, tokenizer, examples, notes.recipe, notes.tasks)
-    if generates and model.config.tasks != len(notes.tasks):
+    has_table = generates and model.config.hyperencoder == "table"
+    if has_table != isinstance(prompts, TaskNumberFormat) or has_table and model.config.tasks != len(notes.tasks):
         raise RunError(f"{arguments.model}: does not name the tasks that its embeddings are of")
     longest, precision = (
         arguments.max_new_tokens or notes.recipe.max_target,
