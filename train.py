@@ -1121,6 +1121,7 @@ TABLES = {  # which rows each has; what they start from is trained too
     "architecture": ["hint", "no-fusion", "no-modules", "own-hyperencoder", "full-decoder"],  # Table 6
     "shots": [system + shots for system in ("hint", "tk-instruct") for shots in _SHOTS],  # Table 3, Figure 3
 }  # fmt: skip
+SEEDS = {table: [0, 1, 2] if table == "main" else [0, 1] for table in TABLES}  # all of it takes about an hour so
 TOY = "--steps 2000 --batch-size 64 --learning-rate 0.03 --warmup 100 --final-rate 0.05 --dropout 0 --log-every 50 \
 --save-every 10000 --precision fp32 --bottleneck 4 --prefix-length 4 --generator-dropout 0 --embedding-scale 8"
 TOY_WORDS = {  # the recipe of the demo
@@ -1136,36 +1137,41 @@ def compare(arguments: argparse.Namespace) -> None:
     Each row is a `finetune` of its own, in a process of its own, and can be run again by the command that its log
     begins with. A row that has its result is not trained again; one that was stopped goes on.
     """
+    check_comparison(arguments)
     out, toy = Path(arguments.out), arguments.data is None
-    if unknown := set(arguments.tables) - set(TABLES) - {"time"}:
-        raise RunError(f"no table is called {min(unknown)}; there are {', '.join(TABLES)} and time")
-    if toy and (arguments.start or arguments.size or arguments.tokenizer or arguments.corpus or arguments.words):
-        raise RunError("--start, --size, --tokenizer, --corpus and --words are for --data; the toy world has its own")
-    tables = [table for table in TABLES if table in arguments.tables or not arguments.tables]
-    names = with_starts([name for table in tables for name in TABLES[table]], toy)
-    if any(ROWS[name].command == "pretrain" for name in names) and not toy and not arguments.corpus:
-        raise RunError("--corpus: the table of pretraining needs some, where --data takes the place of the toy world")
+    seeds = {
+        table: arguments.seeds or SEEDS[table] for table in TABLES if table in arguments.tables or not arguments.tables
+    }
+    runs = {(name, seed): None for table in seeds for seed in seeds[table] for name in with_starts(TABLES[table], toy)}
     out.mkdir(parents=True, exist_ok=True)
-    waiting = {f"{name}/seed-{seed}": (name, seed) for seed in arguments.seeds for name in names}
-    for seed in arguments.seeds if toy and names else []:
+    for seed in {seed for _, seed in runs} if toy else ():
         if not (out / f"world-{seed}" / "tokenizer.json").exists():
             write_toy_world(out / f"world-{seed}", toy_world(seed))
-    with tqdm(total=len(waiting), desc="rows", disable=not waiting) as bar:
-        run_rows(waiting, arguments, out, bar)
-    texts = {table: table_text(TABLES[table], arguments.seeds, out) for table in tables}
-    if "main" in texts:
-        texts["cost"] = costs_at_medians(out / "hint" / f"seed-{arguments.seeds[0]}")
-        draw(out / "learning-curves.svg", curves(arguments.seeds, out), "steps", "exact match on all unseen tasks")
-    if "shots" in texts:
-        draw(
-            out / "score-and-compute.svg", scores_by_flops(arguments.seeds, out), "GFLOP for 100 inputs", "exact match"
-        )
+    run_rows(list(runs), arguments, out)
+    texts = {table: table_text(table, seeds[table], out) for table in seeds}
+    if "main" in seeds:
+        texts["cost"] = costs_at_medians(out / "hint" / f"seed-{seeds['main'][0]}")
+        draw(out / "learning-curves.svg", curves(seeds["main"], out), "steps", "exact match on all unseen tasks")
+    if "shots" in seeds:
+        points = scores_by_flops(seeds["shots"], out)
+        draw(out / "score-and-compute.svg", points, "GFLOP for 100 inputs", "exact match on all unseen tasks")
     if "time" in arguments.tables or not arguments.tables:
         texts["time"], times = answering_times(arguments.time_size)
         draw(out / "time-and-length.svg", times, "tokens of instruction", "seconds for 100 inputs")
     for name, text in texts.items():
         write(out / f"{name}.md", text)
         print(f"\n{name}\n\n{text}")
+
+
+def check_comparison(arguments: argparse.Namespace) -> None:
+    """Raises RunError for tables that there are not, and for options without those that they need."""
+    if unknown := set(arguments.tables) - set(TABLES) - {"time"}:
+        raise RunError(f"no table is called {min(unknown)}; there are {', '.join(TABLES)} and time")
+    real = arguments.start or arguments.size or arguments.tokenizer or arguments.corpus or arguments.words
+    if arguments.data is None and real:
+        raise RunError("--start, --size, --tokenizer, --corpus and --words are for --data; the toy world has its own")
+    if arguments.data and not arguments.corpus and (not arguments.tables or "pretraining" in arguments.tables):
+        raise RunError("--corpus: the table of pretraining needs some, where --data takes the place of the toy world")
 
 
 def with_starts(names: Sequence[str], toy: bool) -> list[str]:
@@ -1183,36 +1189,36 @@ def start_of(name: str, toy: bool) -> str:
     return row.start or ("tk-instruct" if row.frozen and toy else "")
 
 
-def run_rows(waiting: dict[str, tuple[str, int]], arguments: argparse.Namespace, out: Path, bar: tqdm) -> None:
+def run_rows(waiting: list[tuple[str, int]], arguments: argparse.Namespace, out: Path) -> None:
     """Run what has no result yet, so many processes at a time; raises RunError where one fails."""
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
-    toy = arguments.data is None
+    running: dict[Path, tuple[subprocess.Popen, float]] = {}
+    toy, bar = arguments.data is None, tqdm(total=len(waiting), desc="rows", disable=not waiting)
+
+    def has_result(name: str, seed: int) -> bool:
+        return not name or (out / name / f"seed-{seed}" / "result.json").exists()
+
     try:
         while waiting or running:
             for place, (process, began) in list(running.items()):
                 if process.poll() is not None:
                     if process.returncode:
-                        raise RunError(f"{out / place}.log: ended with status {process.returncode}; its end says why")
-                    write(out / place / "result.json", json.dumps(result_of(out / place, toy, began), indent=2) + "\n")
+                        raise RunError(f"{place}.log: ended with status {process.returncode}; its end says why")
+                    write(place / "result.json", json.dumps(result_of(place, toy, began), indent=2) + "\n")
                     bar.write(f"{place}: {time.time() - began:.0f} s", file=sys.stderr)
                     del running[place]
-                    bar.update()
-            for place, (name, seed) in list(waiting.items()):
-                before = start_of(name, toy)
-                if (out / place / "result.json").exists():
-                    del waiting[place]
-                    bar.update()
-                elif len(running) < arguments.jobs and (
-                    not before or (out / before / f"seed-{seed}" / "result.json").exists()
-                ):
+            waiting = [row for row in waiting if not has_result(*row)]
+            bar.update(bar.total - len(waiting) - bar.n)
+            for name, seed in waiting:
+                place = out / name / f"seed-{seed}"
+                if place not in running and len(running) < arguments.jobs and has_result(start_of(name, toy), seed):
                     running[place] = (start_row(name, seed, arguments, out), time.time())
-                    del waiting[place]
             time.sleep(0.2)
     finally:
         for process, _ in running.values():
             process.terminate()  # it ends its step and keeps a checkpoint
         for process, _ in running.values():
             process.wait()
+        bar.close()
 
 
 def start_row(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> subprocess.Popen:
@@ -1328,10 +1334,10 @@ def results_of(name: str, seeds: Sequence[int], out: Path) -> list[dict]:
     return [read_json(out / name / f"seed-{seed}" / "result.json") for seed in seeds]
 
 
-def table_text(names: Sequence[str], seeds: Sequence[int], out: Path) -> str:
+def table_text(table: str, seeds: Sequence[int], out: Path) -> str:
     """A table in Markdown: exact match, mean (lowest to highest) over the seeds; costs of the first seed."""
     lines = []
-    for name in names:
+    for name in TABLES[table]:
         found = results_of(name, seeds, out)
         groups = list(found[0]["scores"])[1:] or ["overall"]
         cells = {group: spread_of([one["scores"][group]["exact_match"] for one in found]) for group in groups}
@@ -1661,7 +1667,7 @@ def parser() -> Parser:
     command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}, time; all without any")
     command.add_argument("--out", default="runs/compare", help="folder of all rows, and of tables.md")
     command.add_argument(
-        "--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="each row is trained with each"
+        "--seeds", type=at_least(0), nargs="+", help="each row is trained with each; 0 1 2 for main, 0 1 for others"
     )
     command.add_argument("--time-size", choices=SIZES, default="tiny", help="of the model whose time is measured")
     command.add_argument("--jobs", type=at_least(1), default=2, help="rows trained at a time")

@@ -39,6 +39,7 @@ def make_small(patch):
     patch.setattr(train, "TOY_WORDS", {"finetune": SHORT + more, "pretrain": [*SHORT, "--max-input", "16"]})
     patch.setattr(train, "TOY_FROZEN", ["--steps", "1"])
     patch.setattr(train, "TABLES", {"small": ROWS})
+    patch.setattr(train, "SEEDS", {"small": [5]})
     patch.setattr(train, "toy_world", lambda seed: shrunk(toy_world(seed, tasks=20, instances=2)))
 
 
@@ -65,7 +66,7 @@ def test_a_finished_row_is_not_trained_again(compared, toy, capsys, monkeypatch)
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a row is trained again"))
     text = (compared / "small.md").read_text()
     (compared / "small.md").unlink()
-    train.main(["compare", "small", "--out", str(compared), "--seeds", "5"])
+    train.main(["compare", "small", "--out", str(compared)])
     assert (compared / "small.md").read_text() == text and text in capsys.readouterr().out
     assert "unseen arguments | unseen compositions" in text
     assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {name}" for name in ROWS]
