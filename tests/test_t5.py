@@ -500,7 +500,7 @@ def test_parameter_counts_are_those_of_the_formula(size):
     formula = (
         2 * config.vocab_size * d
         + layers * (4 * d * inner + 3 * d * f + 2 * d)
-        + layers * (8 * d * inner + 3 * d * f + 3 * d)
+        + config.num_decoder_layers * (8 * d * inner + 3 * d * f + 3 * d)
     )
     assert count == formula + 64 * config.num_heads + 2 * d
     published = {
