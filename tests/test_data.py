@@ -649,7 +649,7 @@ def test_microbatches_of_like_lengths_waste_little(mixed_examples):
 def test_the_toy_world_has_the_form_of_the_real_one(world):
     assert (len(world.train), len(world.unseen_arguments), len(world.unseen_compositions)) == (5000, 64, 64)
     for task in (*world.train[:200], *world.unseen_arguments, *world.unseen_compositions):
-        assert len(task.examples) == 2 and task.definition.endswith(".")
+        assert len(task.examples) == 5 and task.definition.endswith(".")
         texts = [example.input for example in task.examples] + [instance.input for instance in task.instances]
         assert len(set(texts)) == len(texts), "no input twice, or an example would be the answer"
         for text, answer in [*task.examples, *((i.input, i.references[0]) for i in task.instances)]:

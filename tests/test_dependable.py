@@ -26,6 +26,7 @@ from conftest import tiny_hint
 from test_data import spiece, tokenizer, write_shards, write_task  # noqa: F401 (fixtures)
 from test_train import FAST, TRAIN, finetune, log_of, run, sni, start  # noqa: F401 (fixtures)
 
+import t5
 import train
 from data import Ids, PretrainingChunks, toy_tokenizer
 from hint import load_model
@@ -192,8 +193,8 @@ class SmallDisk(io.BytesIO):
 
 def test_a_disk_that_fills_up_under_the_training_state_is_said_to_be_full(tmp_path, commands, monkeypatch):
     """`torch.save` onto such a disk would end in a RuntimeError about positions."""
-    real = train.replacing
-    monkeypatch.setattr(train, "replacing", lambda path: SmallDisk() if path.suffix == ".pt" else real(path))
+    real = t5.replacing
+    monkeypatch.setattr(t5, "replacing", lambda path: SmallDisk() if path.suffix == ".pt" else real(path))
     with pytest.raises(SystemExit, match="out: No space left"):
         run(*commands["finetune"], "--steps", 1, "--out", tmp_path / "out")
 
@@ -450,6 +451,7 @@ def test_of_many_tasks_eight_are_named():
 DEMO = """
 import sys
 import data
+import t5
 import train
 from dataclasses import replace
 train.DEMO = replace(train.DEMO, steps=5, log_every=1, save_every=2)

@@ -510,7 +510,7 @@ def test_parameter_counts_are_those_of_the_formula(size):
         "xl": 2_849_757_184,
         "xxl": 11_135_332_352,
     }
-    assert size == "tiny" or count == published[size]
+    assert size in ("toy", "tiny") or count == published[size]
 
 
 # ------------------------------------------------------------------------ checkpoints that are not as they should be
