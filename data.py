@@ -940,11 +940,11 @@ def write_toy_world(folder: str | os.PathLike, world: ToyWorld) -> None:
                 "Instances": [{"id": i.id, "input": i.input, "output": i.references} for i in task.instances],
             }
             Path(folder, "tasks", f"{task.name}.json").write_text(json.dumps(found))
-    toy_tokenizer().save(str(folder / "tokenizer.json"))
     with gzip.open(folder / "corpus.json.gz", "wt") as file:
         for task in world.train:
             lines = [f"Input: {i.input}. Output: {i.references[0]}." for i in task.instances]
             file.write(json.dumps({"text": " ".join([task.definition, *lines])}) + "\n")
+    toy_tokenizer().save(str(folder / "tokenizer.json"))  # last, so that where it is, all of it is
 
 
 def toy_tokenizer() -> Tokenizer:

@@ -1110,16 +1110,20 @@ ROWS = {
     "tk-instruct-2": Row("--system tk-instruct --examples 2"),
     "tk-instruct-5": Row("--system tk-instruct --examples 5"),
 }
-_SHOTS = [["", "-1", "-2", "-5"][place] for place in range(4)]
 TABLES = {  # which rows each has; what they start from is trained too
-    "main": list(ROWS)[:9],  # Table 1
+    "main": [
+        "hint", "tk-instruct", "tk-instruct+peft", "no-instruct", "hypter", "hypertune", "hyperformer", "hyperformer++",
+        "hyperformer++-instruction",
+    ],  # Table 1
     "pretraining": [
         "hint", "hint-pretrained", "hint-caclm", "no-fusion", "no-fusion-pretrained", "no-fusion-caclm", "hypertune",
         "hypertune-caclm",
     ],  # Table 4
     "modules": ["no-fusion", "adapters", "prefixes", "lora"],  # Table 5
     "architecture": ["hint", "no-fusion", "no-modules", "own-hyperencoder", "full-decoder"],  # Table 6
-    "shots": [system + shots for system in ("hint", "tk-instruct") for shots in _SHOTS],  # Table 3, Figure 3
+    "shots": [
+        "hint", "hint-1", "hint-2", "hint-5", "tk-instruct", "tk-instruct-1", "tk-instruct-2", "tk-instruct-5",
+    ],  # Figure 3
 }  # fmt: skip
 SEEDS = {table: [0, 1, 2] if table == "main" else [0, 1] for table in TABLES}  # all of it takes about an hour so
 TOY = "--steps 2000 --batch-size 64 --learning-rate 0.03 --warmup 100 --final-rate 0.05 --dropout 0 --log-every 50 \
@@ -1195,7 +1199,12 @@ def run_rows(waiting: list[tuple[str, int]], arguments: argparse.Namespace, out:
     toy, bar = arguments.data is None, tqdm(total=len(waiting), desc="rows", disable=not waiting)
 
     def has_result(name: str, seed: int) -> bool:
-        return not name or (out / name / f"seed-{seed}" / "result.json").exists()
+        path = out / name / f"seed-{seed}" / "result.json"
+        if not name or not path.exists():
+            return not name
+        if read_json(path).get("words") != words_of(name, seed, arguments, out):
+            raise RunError(f"{path}: is of a row with other options; name another --out")
+        return True
 
     try:
         while waiting or running:
@@ -1203,7 +1212,9 @@ def run_rows(waiting: list[tuple[str, int]], arguments: argparse.Namespace, out:
                 if process.poll() is not None:
                     if process.returncode:
                         raise RunError(f"{place}.log: ended with status {process.returncode}; its end says why")
-                    write(place / "result.json", json.dumps(result_of(place, toy, began), indent=2) + "\n")
+                    words = words_of(place.parent.name, int(place.name.removeprefix("seed-")), arguments, out)
+                    result = {"words": words, **result_of(place, toy, began)}
+                    write(place / "result.json", json.dumps(result, indent=2) + "\n")
                     bar.write(f"{place}: {time.time() - began:.0f} s", file=sys.stderr)
                     del running[place]
             waiting = [row for row in waiting if not has_result(*row)]

@@ -70,6 +70,9 @@ def test_a_finished_row_is_not_trained_again(compared, toy, capsys, monkeypatch)
     assert (compared / "small.md").read_text() == text and text in capsys.readouterr().out
     assert "unseen arguments | unseen compositions" in text
     assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {name}" for name in ROWS]
+    monkeypatch.setattr(train, "TOY_FROZEN", ["--steps", "2"])
+    with pytest.raises(SystemExit, match="is of a row with other options"):
+        train.main(["compare", "small", "--out", str(compared)])
 
 
 def test_a_row_s_result_is_what_its_files_say(compared):
