@@ -4,6 +4,7 @@
     python train.py pretrain ...    pretrain the hypernetwork on plain text (section 3.3)
     python train.py finetune ...    train on the tasks of Super-NaturalInstructions (section 4)
     python train.py evaluate ...    score a model on tasks that it has not seen
+    python train.py compare ...     train the rows of the paper's tables and draw its figures
     python train.py predict ...     answer inputs of one's own
 
     torchrun --nproc-per-node 8 -- train.py ...    pretrain, finetune or evaluate on eight GPUs
@@ -1676,7 +1677,7 @@ def parser() -> Parser:
     add_answering_options(command)
     command = add_command(commands, compare)
     command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}, time; all without any")
-    command.add_argument("--out", default="runs/compare", help="folder of all rows, and of tables.md")
+    command.add_argument("--out", default="runs/compare", help="folder of all rows, tables and pictures")
     command.add_argument(
         "--seeds", type=at_least(0), nargs="+", help="each row is trained with each; 0 1 2 for main, 0 1 for others"
     )
@@ -1795,7 +1796,7 @@ def main(words: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     arguments = parser().parse_args(words or ["demo"])
     try:
-        if world() > 1 and arguments.function in (demo, predict):
+        if world() > 1 and arguments.function in (demo, compare, predict):
             raise RunError(f"{arguments.command}: is for one process; start it without torchrun")
         with on_signals(stop_at_once):
             arguments.function(arguments)

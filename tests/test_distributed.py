@@ -273,7 +273,7 @@ def test_what_needs_other_processes_than_there_are_is_refused(commands, monkeypa
         train.main(commands.finetune("none", "--shard"))
     assert not (commands.folder / "none").exists()
     monkeypatch.setattr(train, "world", lambda: 2)
-    for words in (["demo"], ["predict", "--model", "x", "--instruction", "x", "y"]):
+    for words in (["demo"], ["compare"], ["predict", "--model", "x", "--instruction", "x", "y"]):
         with pytest.raises(SystemExit, match=f"{words[0]}: is for one process"):
             train.main(words)
     monkeypatch.setattr(train.dist, "is_torchelastic_launched", lambda: True)
