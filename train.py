@@ -1102,6 +1102,10 @@ ROWS = {
     "no-fusion-pretrained": Row("--no-fusion", start="no-fusion-text"),
     "no-fusion-caclm-text": Row("--no-fusion --objective caclm", command="pretrain"),
     "no-fusion-caclm": Row("--no-fusion", start="no-fusion-caclm-text"),
+    "adapters-text": Row("--no-fusion --modules adapters", command="pretrain"),
+    "adapters-pretrained": Row("--no-fusion --modules adapters", start="adapters-text"),
+    "prefixes-text": Row("--no-fusion --modules prefixes", command="pretrain"),
+    "prefixes-pretrained": Row("--no-fusion --modules prefixes", start="prefixes-text"),
     "hypertune-text": Row("--system hypertune --objective caclm", command="pretrain", frozen=True),
     "hypertune-caclm": Row("--system hypertune", start="hypertune-text", frozen=True),
     "hint-1": Row("--system hint --examples 1"),
@@ -1120,7 +1124,9 @@ TABLES = {  # which rows each has; what they start from is trained too
         "hint", "hint-pretrained", "hint-caclm", "no-fusion", "no-fusion-pretrained", "no-fusion-caclm", "hypertune",
         "hypertune-caclm",
     ],  # Table 4
-    "modules": ["no-fusion", "adapters", "prefixes", "lora"],  # Table 5
+    "modules": [
+        "no-fusion", "adapters", "prefixes", "lora", "no-fusion-pretrained", "adapters-pretrained", "prefixes-pretrained",
+    ],  # Table 5
     "architecture": ["hint", "no-fusion", "no-modules", "own-hyperencoder", "full-decoder"],  # Table 6
     "shots": [
         "hint", "hint-1", "hint-2", "hint-5", "tk-instruct", "tk-instruct-1", "tk-instruct-2", "tk-instruct-5",
@@ -1175,8 +1181,9 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     real = arguments.start or arguments.size or arguments.tokenizer or arguments.corpus or arguments.words
     if arguments.data is None and real:
         raise RunError("--start, --size, --tokenizer, --corpus and --words are for --data; the toy world has its own")
-    if arguments.data and not arguments.corpus and (not arguments.tables or "pretraining" in arguments.tables):
-        raise RunError("--corpus: the table of pretraining needs some, where --data takes the place of the toy world")
+    pretraining = {"pretraining", "modules"}
+    if arguments.data and not arguments.corpus and (not arguments.tables or pretraining & set(arguments.tables)):
+        raise RunError("--corpus: pretrained rows need some, where --data takes the place of the toy world")
 
 
 def with_starts(names: Sequence[str], toy: bool) -> list[str]:
