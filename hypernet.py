@@ -220,6 +220,7 @@ class ColumnGenerator(Generator):
         return self.attention(columns, [self.attention.project(states)], padding_bias(attention_mask))
 
     def weights(self, states: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """C -> Z -> columns, all layers at once."""
         columns = torch.cat([self.embeddings[name] for name in self.kinds]).unsqueeze(0)  # C [1, N, d]
         collected = self.collect(columns, states, attention_mask)  # Z [B, N, d]
         pieces = collected.split([kind.slots * kind.columns for kind in self.kinds.values()], dim=1)
@@ -294,6 +295,7 @@ class PooledGenerator(Generator):
         )
 
     def weights(self, states: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Mean [B, d] -> each kind of weight, whole."""
         pooled = mean_of_tokens(states, attention_mask)
         return {name: self.networks[name](pooled).unflatten(1, kind) * self.scale for name, kind in self.kinds.items()}
 

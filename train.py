@@ -1683,20 +1683,7 @@ def parser() -> Parser:
     command.add_argument("--out", required=True, help="folder for metrics.json and predictions.jsonl")
     add_answering_options(command)
     command = add_command(commands, compare)
-    command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}, time; all without any")
-    command.add_argument("--out", default="runs/compare", help="folder of all rows, tables and pictures")
-    command.add_argument(
-        "--seeds", type=at_least(0), nargs="+", help="each row is trained with each; 0 1 2 for main, 0 1 for others"
-    )
-    command.add_argument("--time-size", choices=SIZES, default="tiny", help="of the model whose time is measured")
-    command.add_argument("--jobs", type=at_least(1), default=2, help="rows trained at a time")
-    command.add_argument("--data", help="Super-NaturalInstructions, in place of the toy world")
-    command.add_argument("--corpus", nargs="+", help="shards of C4, with --data")
-    start = command.add_mutually_exclusive_group()
-    start.add_argument("--start", help="with --data: the T5 that rows start from, a folder or a public name")
-    start.add_argument("--size", choices=SIZES, help="with --data: fresh weights of this size, in place of --start")
-    command.add_argument("--tokenizer", help="with --data: folder, file or public name; that of --start without it")
-    command.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="with --data: more options of all rows")
+    add_comparison_options(command)
     command = add_command(commands, predict)
     command.add_argument("--instruction", required=True, help="what to do with each input")
     command.add_argument("--file", help="more inputs, one a line; -: standard input")
@@ -1761,6 +1748,24 @@ def add_training_options(command: Parser, recipe: Recipe, left_out: Sequence[str
             )
     command.add_argument("--out", required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on with the run in --out, with the same options")
+
+
+def add_comparison_options(command: Parser) -> None:
+    """The options of `compare`: which rows, and the data and model that take the place of the toy world."""
+    command.add_argument("tables", nargs="*", metavar="table", help=f"of {', '.join(TABLES)}, time; all without any")
+    command.add_argument("--out", default="runs/compare", help="folder of all rows, tables and pictures")
+    command.add_argument(
+        "--seeds", type=at_least(0), nargs="+", help="each row is trained with each; 0 1 2 for main, 0 1 for others"
+    )
+    command.add_argument("--time-size", choices=SIZES, default="tiny", help="of the model whose time is measured")
+    command.add_argument("--jobs", type=at_least(1), default=2, help="rows trained at a time")
+    command.add_argument("--data", help="Super-NaturalInstructions, in place of the toy world")
+    command.add_argument("--corpus", nargs="+", help="shards of C4, with --data")
+    start = command.add_mutually_exclusive_group()
+    start.add_argument("--start", help="with --data: the T5 that rows start from, a folder or a public name")
+    start.add_argument("--size", choices=SIZES, help="with --data: fresh weights of this size, in place of --start")
+    command.add_argument("--tokenizer", help="with --data: folder, file or public name; that of --start without it")
+    command.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="with --data: more options of all rows")
 
 
 def add_answering_options(command: Parser) -> None:
