@@ -11,6 +11,7 @@ Axes: B examples, U distinct instructions, Li instruction tokens, S input tokens
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from itertools import count
@@ -19,6 +20,7 @@ from typing import NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hypernet import GENERATORS, HYPERENCODERS, HINTConfig, generated_kinds
 from t5 import (
@@ -402,6 +404,14 @@ class ExactFlops:
         """The feed-forward layer and the adapter beside it."""
         matrices = 3 if self.t5.feed_forward_proj == "gated-gelu" else 2
         return 2 * tokens * self.t5.d_model * (matrices * self.t5.d_ff + 2 * self.bottleneck)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's own counter of the FLOPs of what is run within it; it is told of the product that it does not know."""
+    unknown = {}
+    if torch.backends.mkldnn.is_available():
+        unknown[torch.ops.mkldnn._linear_pointwise] = lambda x, *_, out_shape: 2 * math.prod(x) * out_shape[-1]
+    return FlopCounterMode(display=False, custom_mapping=unknown)
 
 
 def cost_table(t5: T5Config, hint: HINTConfig = HINTConfig(), n: int = 100, i: int = 100, o: int = 16) -> str:

@@ -25,6 +25,7 @@ from t5 import (
     CheckpointError,
     KeyValue,
     LayerModules,
+    Linear,
     LoRA,
     Modules,
     SerialAdapter,
@@ -233,10 +234,10 @@ class ColumnGenerator(Generator):
 def _network(d_model: int, width: int, dropout: float) -> nn.Sequential:
     """W_2 dropout(gelu(W_1 z)): [..., d] -> [..., width], without biases."""
     network = nn.Sequential(
-        nn.Linear(d_model, d_model, bias=False),
+        Linear(d_model, d_model, bias=False),
         nn.GELU(approximate="tanh"),
         nn.Dropout(dropout),
-        nn.Linear(d_model, width, bias=False),
+        Linear(d_model, width, bias=False),
     )
     for layer in (network[0], network[3]):
         nn.init.normal_(layer.weight, std=d_model**-0.5)

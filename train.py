@@ -43,7 +43,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (
@@ -81,6 +80,7 @@ from hint import (
     HINTConfig,
     PlainT5,
     decoder_only_flops,
+    flop_counter,
     generated_numbers,
     hint_flops,
     load_model,
@@ -1296,11 +1296,11 @@ def cost_of(place: Path) -> dict[str, int]:
     answerer = answerer_of(argparse.Namespace(model=place, eval_batch_size=64, **given))
     tasks = load_tasks(settings["data"], "train", 4)
     tasks = tasks[:: math.ceil(len(tasks) / 16)]
-    with FlopCounterMode(display=False) as reading, torch.no_grad(), answerer.context():
+    with flop_counter() as reading, torch.no_grad(), answerer.context():
         answerer.model.to(answerer.device)
         for task in tasks:
             answerer.model.encode_instruction(torch.tensor([answerer.prompts(task)[0][0]], device=answerer.device))
-    with FlopCounterMode(display=False) as all_of_it:
+    with flop_counter() as all_of_it:
         count = sum(len(answerer.answers(task)) for task in tasks)
     once, each = reading.get_total_flops(), all_of_it.get_total_flops() - reading.get_total_flops()
     trained = sum(part.numel() for part in answerer.model.parameters() if part.requires_grad)

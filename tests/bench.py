@@ -25,7 +25,6 @@ from typing import Callable, Iterator
 
 import torch
 from rouge_score import rouge_scorer
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config as TheirConfig
 from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
@@ -35,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
-from hint import HINT, HINTConfig, PlainT5
+from hint import HINT, HINTConfig, PlainT5, flop_counter
 from t5 import EOS, SIZES, T5, Loss, Source, packed_weights
 
 VOCABULARY = 32000  # random ids are drawn below it
@@ -214,14 +213,13 @@ def answering(size: str) -> None:
                     plain.generate(None, part, max_new_tokens=16)
 
         a, b = race(once, each_time, rounds=3)
-        with unpacked():
-            ratio = flops(each_time) / flops(once)
+        ratio = flops(each_time) / flops(once)
         row(length, f"{a:.2f}", f"{statistics.median(read):.2f}", f"{b:.2f}", f"{b / a:.1f}", f"{ratio:.1f}")
 
 
 def flops(runner: Callable[[], object]) -> int:
     """Floating-point operations of matrix products in one call."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         runner()
     return counter.get_total_flops()
 
@@ -352,21 +350,10 @@ def evaluation(size: str, folder: str | None, tokenizer: str | None) -> None:
             words.decode_batch(out.tolist())
 
     a, b = race(ours, theirs, rounds=2)
-    with unpacked():
-        ratio = flops(theirs) / flops(ours)
+    ratio = flops(theirs) / flops(ours)
     header(f"{len(tasks)} tasks, 20 inputs each, 16 new tokens", "seconds", "times as fast", "by FLOPs")
     row("HINT here", f"{a:.1f}", f"{b / a:.2f}", f"{ratio:.2f}")
     row("Tk-Instruct in transformers (sdpa)", f"{b:.1f}", "", "")
-
-
-@contextmanager
-def unpacked() -> Iterator[None]:
-    """Plain products in place of packed ones, which the counter of FLOPs does not know."""
-    available, torch.backends.mkldnn.is_available = torch.backends.mkldnn.is_available, lambda: False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.is_available = available
 
 
 def scoring(size: str) -> None:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import random_ids, tiny_hint
 from test_hint import tensors_of
-from torch.utils.flop_counter import FlopCounterMode
 
 import hint
 from hint import HINT, ExactFlops, HINTConfig, PlainT5
@@ -23,7 +22,7 @@ all_lengths = pytest.mark.parametrize("n, i, t, o", LENGTHS)
 
 def counted(function, *arguments, **named):
     """What torch counts in one call without gradients, and what the call returns."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), hint.flop_counter() as counter:
         result = function(*arguments, **named)
     return counter.get_total_flops(), result
 

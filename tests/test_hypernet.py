@@ -81,7 +81,9 @@ def test_parameter_counts_are_those_of_the_formula(size, bottleneck, prefix):
     """By hand, for h*k = d: embeddings of L adapters and A prefixes, the attention, six networks of two layers."""
     config = SIZES[size]
     with torch.device("meta"):
-        found = sum(p.numel() for p in generator_of("columns", config, bottleneck=bottleneck, prefix_length=prefix).parameters())
+        found = sum(
+            p.numel() for p in generator_of("columns", config, bottleneck=bottleneck, prefix_length=prefix).parameters()
+        )
     d, inner = config.d_model, config.num_heads * config.d_kv
     adapters, prefixes = 2 * config.num_layers, 3 * config.num_layers
     embeddings = (adapters * (2 * bottleneck + 2) + prefixes * 2 * prefix) * d

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import t5
+from hint import flop_counter
 from t5 import (
     T5,
     CheckpointError,
@@ -200,6 +201,36 @@ def test_packed_weights_answer_alike_and_are_taken_away_again():
     assert torch.equal(model.encode(source), plain)
     with torch.autocast("cpu", torch.bfloat16), t5.packed_weights(model, rows=5):
         assert not any(isinstance(module, t5.PackedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "rows, has_bias, routine", [(1, False, "bmm"), (1, True, "oneDNN"), (5, False, "oneDNN"), (5, True, "oneDNN")]
+)
+def test_without_a_gradient_a_faster_routine_gives_the_same_product(monkeypatch, rows, has_bias, routine):
+    """Which routine ran is seen in the operations that torch counts."""
+    monkeypatch.setattr(t5, "WORTHWHILE", 1)
+    x, weight, bias = torch.randn(rows, 1, 6), torch.randn(8, 6), torch.randn(8) if has_bias else None
+    wanted = torch.einsum("rtn,mn->rtm", x, weight) + (bias if has_bias else 0)
+    with torch.no_grad(), flop_counter() as counter:
+        torch.testing.assert_close(t5.linear(x, weight, bias), wanted, atol=1e-6, rtol=1e-5)
+    operations = {"bmm": torch.ops.aten.bmm}
+    if torch.backends.mkldnn.is_available():
+        operations["oneDNN"] = torch.ops.mkldnn._linear_pointwise
+        assert counter.get_flop_counts()["Global"] == {operations[routine]: 2 * rows * 6 * 8}
+    learned = weight.clone().requires_grad_()
+    t5.linear(x, learned, bias).sum().backward()
+    torch.testing.assert_close(learned.grad, x.sum((0, 1)).expand(8, 6))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert t5.linear(x, weight, bias).dtype == torch.bfloat16
+
+
+def test_what_a_cache_keeps_lies_as_a_step_reads_it_after_rows_have_gone_too():
+    made = t5.KeyValue(torch.randn(4, 2, 7, 3), torch.randn(4, 2, 7, 3))
+    cache = t5.LayerCache(made.laid_out(), None, [made.laid_out()])
+    cache.keep(torch.tensor([0, 2]))
+    for found in (cache.own, *cache.sources):
+        assert found.key.is_contiguous() and found.value.mT.is_contiguous()
+        assert all(torch.equal(x, y[[0, 2]]) for x, y in zip(found, made))
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
