@@ -19,7 +19,7 @@ import string
 import struct
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice, product
 from pathlib import Path
@@ -921,6 +921,17 @@ def _task(name: str, rule: Rule, draw: random.Random, kinds: list[str], instance
     shown = tuple(Example(*pair) for pair in pairs[:5])
     asked = tuple(Instance(f"{name}-{number}", text, (answer,)) for number, (text, answer) in enumerate(pairs[5:]))
     return Task(name, rule.definition(draw), shown, asked)
+
+
+def vague(world: ToyWorld) -> ToyWorld:
+    """The same tasks, but definitions say "what" in place of the argument ("..., followed by what."): examples tell it."""
+
+    def without_argument(task: Task) -> Task:
+        argument = world.rules[task.name].argument
+        return replace(task, definition=re.sub(rf"\b{argument}\b", "what", task.definition)) if argument else task
+
+    parts = (world.train, world.unseen_arguments, world.unseen_compositions)
+    return ToyWorld(*(list(map(without_argument, tasks)) for tasks in parts), world.rules)
 
 
 def write_toy_world(folder: str | os.PathLike, world: ToyWorld) -> None:

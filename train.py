@@ -71,6 +71,7 @@ from data import (
     score,
     toy_tokenizer,
     toy_world,
+    vague,
     valid,
     write_toy_world,
 )  # fmt: skip
@@ -1075,6 +1076,7 @@ class Row(NamedTuple):
     start: str = ""
     command: str = "finetune"
     frozen: bool = False  # T5 does not train, so in the toy world, which has no public T5, it is that of `tk-instruct`
+    vague: bool = False  # in the toy world whose definitions leave something to the examples
 
 
 ROWS = {
@@ -1114,6 +1116,10 @@ ROWS = {
     "tk-instruct-1": Row("--system tk-instruct --examples 1"),
     "tk-instruct-2": Row("--system tk-instruct --examples 2"),
     "tk-instruct-5": Row("--system tk-instruct --examples 5"),
+    "hint-vague": Row("--system hint", vague=True),
+    "hint-vague-2": Row("--system hint --examples 2", vague=True),
+    "tk-instruct-vague": Row("--system tk-instruct", vague=True),
+    "tk-instruct-vague-2": Row("--system tk-instruct --examples 2", vague=True),
 }
 TABLES = {  # which rows each has; what they start from is trained too
     "main": [
@@ -1131,6 +1137,7 @@ TABLES = {  # which rows each has; what they start from is trained too
     "shots": [
         "hint", "hint-1", "hint-2", "hint-5", "tk-instruct", "tk-instruct-1", "tk-instruct-2", "tk-instruct-5",
     ],  # Figure 3
+    "vague": ["hint-vague", "hint-vague-2", "tk-instruct-vague", "tk-instruct-vague-2"],  # of the toy world alone
 }  # fmt: skip
 SEEDS = {table: [0, 1, 2] if table == "main" else [0, 1] for table in TABLES}  # all of it takes about an hour so
 TOY = "--steps 2000 --batch-size 64 --learning-rate 0.03 --warmup 100 --final-rate 0.05 --dropout 0 --log-every 50 \
@@ -1150,14 +1157,14 @@ def compare(arguments: argparse.Namespace) -> None:
     """
     check_comparison(arguments)
     out, toy = Path(arguments.out), arguments.data is None
-    seeds = {
-        table: arguments.seeds or SEEDS[table] for table in TABLES if table in arguments.tables or not arguments.tables
-    }
+    asked = arguments.tables or [*(table for table in TABLES if toy or table != "vague"), "time"]
+    seeds = {table: arguments.seeds or SEEDS[table] for table in TABLES if table in asked}
     runs = {(name, seed): None for table in seeds for seed in seeds[table] for name in with_starts(TABLES[table], toy)}
     out.mkdir(parents=True, exist_ok=True)
-    for seed in {seed for _, seed in runs} if toy else ():
-        if not (out / f"world-{seed}" / "tokenizer.json").exists():
-            write_toy_world(out / f"world-{seed}", toy_world(seed))
+    for name, seed in runs if toy else ():
+        folder = world_of(name, seed, out)
+        if not (folder / "tokenizer.json").exists():
+            write_toy_world(folder, vague(toy_world(seed)) if ROWS[name].vague else toy_world(seed))
     run_rows(list(runs), arguments, out)
     texts = {table: table_text(table, seeds[table], out) for table in seeds}
     if "main" in seeds:
@@ -1166,7 +1173,7 @@ def compare(arguments: argparse.Namespace) -> None:
     if "shots" in seeds:
         points = scores_by_flops(seeds["shots"], out)
         draw(out / "score-and-compute.svg", points, "GFLOP for 100 inputs", "exact match on all unseen tasks")
-    if "time" in arguments.tables or not arguments.tables:
+    if "time" in asked:
         texts["time"], times = answering_times(arguments.time_size)
         draw(out / "time-and-length.svg", times, "tokens of instruction", "seconds for 100 inputs")
     for name, text in texts.items():
@@ -1181,6 +1188,8 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     real = arguments.start or arguments.size or arguments.tokenizer or arguments.corpus or arguments.words
     if arguments.data is None and real:
         raise RunError("--start, --size, --tokenizer, --corpus and --words are for --data; the toy world has its own")
+    if arguments.data and "vague" in arguments.tables:
+        raise RunError("vague: is a table of the toy world, not of --data")
     pretraining = {"pretraining", "modules"}
     if arguments.data and not arguments.corpus and (not arguments.tables or pretraining & set(arguments.tables)):
         raise RunError("--corpus: pretrained rows need some, where --data takes the place of the toy world")
@@ -1193,6 +1202,11 @@ def with_starts(names: Sequence[str], toy: bool) -> list[str]:
         before = start_of(name, toy)
         found |= dict.fromkeys([*(with_starts([before], toy) if before else []), name])
     return list(found)
+
+
+def world_of(name: str, seed: int, out: Path) -> Path:
+    """The folder of the toy world that a row is trained on."""
+    return out / f"{'vague' if ROWS[name].vague else 'world'}-{seed}"
 
 
 def start_of(name: str, toy: bool) -> str:
@@ -1257,7 +1271,7 @@ def start_row(name: str, seed: int, arguments: argparse.Namespace, out: Path) ->
 def words_of(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> list[str]:
     """The command line of a row."""
     row, toy = ROWS[name], arguments.data is None
-    data = str(out / f"world-{seed}") if toy else arguments.data
+    data = str(world_of(name, seed, out)) if toy else arguments.data
     corpus = [f"{data}/corpus.json.gz"] if toy else arguments.corpus
     given = TOY_WORDS[row.command] + TOY_FROZEN * row.frozen if toy else arguments.words
     before = start_of(name, toy)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from data import load_tasks, load_tokenizer, toy_world, write_toy_world
+from data import load_tasks, load_tokenizer, toy_world, vague, write_toy_world
 from hint import load_model
 
 SHORT = "--steps 2 --batch-size 4 --dropout 0 --precision fp32 --bottleneck 3 --prefix-length 2".split()
@@ -134,6 +134,7 @@ def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path):
         (["pretraining", "--data", "x"], "--corpus"),
         (["main", "--data", str(tmp_path), "--jobs", "1", "--size", "toy"], "ended with status"),
         (["main", "--size", "toy"], "are for --data"),
+        (["vague", "--data", "x"], "is a table of the toy world"),
     ):
         with pytest.raises(SystemExit, match=message):
             train.main(["compare", *words[:1], "--out", str(tmp_path / "out"), "--seeds", "0", *words[1:]])
@@ -156,6 +157,8 @@ def test_every_row_of_every_table_is_a_command_line_that_can_be_read(tmp_path):
             assert parsed.seed == 3 and (not before or before in ordered[: ordered.index(name)])
             assert parsed.start == (str(tmp_path / before / "seed-3") if before else data and "t5")
             assert data is None or parsed.steps == 7
+            if parsed.command == "finetune":
+                assert parsed.data == (data or str(tmp_path / ("vague-3" if "vague" in name else "world-3")))
 
 
 def test_a_toy_world_on_disk_is_the_one_in_memory(tmp_path):
@@ -167,6 +170,17 @@ def test_a_toy_world_on_disk_is_the_one_in_memory(tmp_path):
     source = train.PretrainingChunks([tmp_path / "corpus.json.gz"] * 30, tokenizer, 32, seed=0)
     text = tokenizer.decode([i for example in source.take(20) for part in example for i in part])
     assert "Input" in text and "<unk>" not in text
+
+
+def test_in_a_vague_world_the_argument_is_told_by_the_examples_alone():
+    world = toy_world(2, tasks=60, instances=3)
+    told, left_out = world.train + world.unseen_arguments, vague(world).train + vague(world).unseen_arguments
+    for clear, unclear in zip(told, left_out, strict=True):
+        argument = world.rules[clear.name].argument
+        assert (clear.instances, clear.examples) == (unclear.instances, unclear.examples)
+        assert unclear.definition == (clear.definition.replace(argument, "what") if argument else clear.definition)
+        assert all(argument in example.output.split() for example in unclear.examples if argument)
+    assert sum(clear != unclear for clear, unclear in zip(told, left_out)) > len(told) / 2
 
 
 def test_means_come_with_the_lowest_and_the_highest():
