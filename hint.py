@@ -43,6 +43,7 @@ from t5 import (
     read_pickle,
     read_weights,
     save_folder,
+    select_rows,
     write_pickle,
 )  # fmt: skip
 
@@ -173,9 +174,13 @@ class HINT(nn.Module):
         return self.t5.decode_greedily(sources, task.modules, max_new_tokens)
 
     @torch.no_grad()
-    def rank(self, task: EncodedTask, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities [B] of the answers `labels` [B, T] to inputs [B, S] of an encoded task."""
-        return self.t5.log_probabilities(labels, self._fuse(task, input_ids), task.modules)
+    def rank(self, task: EncodedTask, input_ids: Tensor, labels: Tensor, owners: Tensor) -> Tensor:
+        """Log-probabilities [N] of answers `labels` [N, T], each to the one of the inputs [B, S] that `owners` [N] says.
+
+        So an input with many choices is encoded once.
+        """
+        sources, modules = select_rows((self._fuse(task, input_ids), task.modules), owners)
+        return self.t5.log_probabilities(labels, sources, modules)
 
     @classmethod
     def from_t5(cls, name_or_dir: str | os.PathLike, config: HINTConfig | None = None) -> HINT:
@@ -231,9 +236,9 @@ class PlainT5(nn.Module):
         return self.t5.generate(input_ids, attention_mask, max_new_tokens)
 
     @torch.no_grad()
-    def rank(self, task: None, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities [B] of the answers `labels` [B, T] to inputs [B, S]."""
-        return self.t5.log_probabilities(labels, [self.t5.read(input_ids)])
+    def rank(self, task: None, input_ids: Tensor, labels: Tensor, owners: Tensor) -> Tensor:
+        """Log-probabilities [N] of answers `labels` [N, T], each to the one of the inputs [B, S] that `owners` [N] says."""
+        return self.t5.log_probabilities(labels, [select_rows(self.t5.read(input_ids), owners)])
 
     def save_pretrained(
         self, folder: str | os.PathLike, notes: dict | None = None, metadata: dict[str, str] | None = None

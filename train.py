@@ -34,6 +34,7 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -178,15 +179,8 @@ class Recipe:
     eval_every: int = option(0, "steps between evaluations during training; 0: only at the end")
 
     def __post_init__(self) -> None:
-        least = {
-            "seed": 0,
-            "warmup": 0,
-            "eval_every": 0,
-            "learning_rate": 0,
-            "final_rate": 0,
-            "dropout": 0,
-            "max_input": 8,
-        }
+        may_be_zero = ("seed", "warmup", "eval_every", "learning_rate", "final_rate", "dropout")
+        least = {**dict.fromkeys(may_be_zero, 0), "max_input": 8}
         kinds = {"int": (int,), "float": (int, float)}
         for item in fields(self):
             value, minimum = getattr(self, item.name), least.get(item.name, 1)
@@ -797,10 +791,12 @@ class Answerer:
         encodings = self.prompts.tokenizer.encode_batch([choice for _, choice in rows])
         targets = {row: encoding.ids for row, encoding in zip(rows, encodings)}
         ranks = {}
-        for batch in self._batches(targets, key=lambda row: (len(inputs[row[0]]), len(targets[row]))):
-            input_ids = pad([inputs[place] for place, _ in batch], PAD).to(self.device)
+        for batch in self._batches(targets, key=lambda row: (len(inputs[row[0]]), row[0], len(targets[row]))):
+            places = list(dict.fromkeys(place for place, _ in batch))
+            input_ids = pad([inputs[place] for place in places], PAD).to(self.device)
             labels = pad([targets[row] for row in batch], NO_LABEL).to(self.device)
-            ranks |= zip(batch, self.model.rank(encoded, input_ids, labels).tolist())
+            owners = torch.tensor([places.index(place) for place, _ in batch], device=self.device)
+            ranks |= zip(batch, self.model.rank(encoded, input_ids, labels, owners).tolist())
         return {
             place: max(instance.choices, key=lambda choice: ranks[place, choice])
             for place, instance in enumerate(instances)
@@ -910,12 +906,9 @@ def print_scores(table: dict[str, dict[str, float]]) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     """Train a tiny HINT on the toy world, score it on what it has never seen, and show what it says."""
     recipe = replace(DEMO, seed=arguments.seed)
-    torch.set_num_threads(
-        1
-    )  # in so small a model a second thread gains a quarter, and loses tenfold where its core is busy
-    run = Run(
-        arguments.out or first_free("runs/demo"), {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)}
-    )
+    torch.set_num_threads(1)  # a second one gains a quarter in so small a model, and loses tenfold on a busy core
+    settings = {"command": "demo", "system": "hint", "examples": 0, **asdict(recipe)}
+    run = Run(arguments.out or first_free("runs/demo"), settings)
     world = toy_world(recipe.seed)
     print(f"A tiny HINT learns {len(world.train):,} toy tasks, such as")
     show(world.train[:2])
@@ -923,13 +916,11 @@ def demo(arguments: argparse.Namespace) -> None:
     tests = {"unseen arguments": world.unseen_arguments, "unseen compositions": world.unseen_compositions}
     rows = {name: answerer.predictions(tasks) for name, tasks in tests.items()}
     blind = {
-        f"{name}, no instruction": answerer.predictions([without_instruction(t) for t in tasks])
+        f"{name}, no instruction": answerer.predictions(list(map(without_instruction, tasks)))
         for name, tasks in tests.items()
     }
     report(rows, run.out, control=blind)
-    show_answers(
-        [task for tasks in tests.values() for task in tasks], [row for found in rows.values() for row in found]
-    )
+    show_answers(world.unseen_arguments + world.unseen_compositions, list(chain(*rows.values())))
     task = world.unseen_compositions[0]
     print(f"\nAll of it lies in {run.out}. Ask it yourself:")
     words = ["--model", str(run.out), "--instruction", task.definition, task.instances[0].input]
@@ -987,14 +978,9 @@ def pretrain(arguments: argparse.Namespace) -> None:
     model, tokenizer = model_and_tokenizer(arguments, recipe, run)
     position = run.state["position"] or (0, 0)
     source = PretrainingChunks(
-        arguments.corpus,
-        tokenizer,
-        recipe.max_input,
-        recipe.seed,
-        position,
-        arguments.skip_bad_lines,
-        arguments.objective,
-    )
+        arguments.corpus, tokenizer, recipe.max_input, recipe.seed, position,
+        arguments.skip_bad_lines, arguments.objective,
+    )  # fmt: skip
     train(model, tokenizer, source, recipe, run)
     if source.skipped:
         print(f"bad lines skipped: {source.skipped:,}; the first: {source.first_skipped}", file=sys.stderr)
@@ -1156,28 +1142,23 @@ def compare(arguments: argparse.Namespace) -> None:
     begins with. A row that has its result is not trained again; one that was stopped goes on.
     """
     check_comparison(arguments)
-    out, toy = Path(arguments.out), arguments.data is None
-    asked = arguments.tables or [*(table for table in TABLES if toy or table != "vague"), "time"]
+    rows = Rows(arguments)
+    asked = arguments.tables or [*(table for table in TABLES if rows.toy or table != "vague"), "time"]
     seeds = {table: arguments.seeds or SEEDS[table] for table in TABLES if table in asked}
-    runs = {(name, seed): None for table in seeds for seed in seeds[table] for name in with_starts(TABLES[table], toy)}
-    out.mkdir(parents=True, exist_ok=True)
-    for name, seed in runs if toy else ():
-        folder = world_of(name, seed, out)
-        if not (folder / "tokenizer.json").exists():
-            write_toy_world(folder, vague(toy_world(seed)) if ROWS[name].vague else toy_world(seed))
-    run_rows(list(runs), arguments, out)
-    texts = {table: table_text(table, seeds[table], out) for table in seeds}
+    rows.train([(name, seed) for table in seeds for seed in seeds[table] for name in rows.with_starts(TABLES[table])])
+    texts = {table: table_text({name: rows.results(name, seeds[table]) for name in TABLES[table]}) for table in seeds}
     if "main" in seeds:
-        texts["cost"] = costs_at_medians(out / "hint" / f"seed-{seeds['main'][0]}")
-        draw(out / "learning-curves.svg", curves(seeds["main"], out), "steps", "exact match on all unseen tasks")
+        texts["cost"] = costs_at_medians(rows.folder("hint", seeds["main"][0]))
+        lines = {name: curve(rows.results(name, seeds["main"])) for name in TABLES["main"]}
+        draw(rows.out / "learning-curves.svg", lines, "steps", "exact match on all unseen tasks")
     if "shots" in seeds:
-        points = scores_by_flops(seeds["shots"], out)
-        draw(out / "score-and-compute.svg", points, "GFLOP for 100 inputs", "exact match on all unseen tasks")
+        lines = scores_by_flops({name: rows.results(name, seeds["shots"]) for name in TABLES["shots"]})
+        draw(rows.out / "score-and-compute.svg", lines, "GFLOP for 100 inputs", "exact match on all unseen tasks")
     if "time" in asked:
-        texts["time"], times = answering_times(arguments.time_size)
-        draw(out / "time-and-length.svg", times, "tokens of instruction", "seconds for 100 inputs")
+        texts["time"], lines = answering_times(arguments.time_size)
+        draw(rows.out / "time-and-length.svg", lines, "tokens of instruction", "seconds for 100 inputs")
     for name, text in texts.items():
-        write(out / f"{name}.md", text)
+        write(rows.out / f"{name}.md", text)
         print(f"\n{name}\n\n{text}")
 
 
@@ -1195,109 +1176,127 @@ def check_comparison(arguments: argparse.Namespace) -> None:
         raise RunError("--corpus: pretrained rows need some, where --data takes the place of the toy world")
 
 
-def with_starts(names: Sequence[str], toy: bool) -> list[str]:
-    """Rows, each once, in an order in which what a row starts from stands before it."""
-    found: dict[str, None] = {}
-    for name in names:
-        before = start_of(name, toy)
-        found |= dict.fromkeys([*(with_starts([before], toy) if before else []), name])
-    return list(found)
+class Rows:
+    """The rows of a comparison: the command of each, its folder, and the result that it leaves there."""
 
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.given, self.out, self.toy = arguments, Path(arguments.out), arguments.data is None
 
-def world_of(name: str, seed: int, out: Path) -> Path:
-    """The folder of the toy world that a row is trained on."""
-    return out / f"{'vague' if ROWS[name].vague else 'world'}-{seed}"
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a row is trained."""
+        return self.out / name / f"seed-{seed}"
 
+    def world(self, name: str, seed: int) -> Path:
+        """The toy world that a row is trained on."""
+        return self.out / f"{'vague' if ROWS[name].vague else 'world'}-{seed}"
 
-def start_of(name: str, toy: bool) -> str:
-    """The row whose model a row starts from, if any."""
-    row = ROWS[name]
-    return row.start or ("tk-instruct" if row.frozen and toy else "")
+    def start(self, name: str) -> str:
+        """The row whose model a row starts from, if any."""
+        return ROWS[name].start or ("tk-instruct" if ROWS[name].frozen and self.toy else "")
 
+    def with_starts(self, names: Sequence[str]) -> list[str]:
+        """Rows, each once, in an order in which what a row starts from stands before it."""
+        found: dict[str, None] = {}
+        for name in names:
+            start = self.start(name)
+            found |= dict.fromkeys([*(self.with_starts([start]) if start else []), name])
+        return list(found)
 
-def run_rows(waiting: list[tuple[str, int]], arguments: argparse.Namespace, out: Path) -> None:
-    """Run what has no result yet, so many processes at a time; raises RunError where one fails."""
-    running: dict[Path, tuple[subprocess.Popen, float]] = {}
-    toy, bar = arguments.data is None, tqdm(total=len(waiting), desc="rows", disable=not waiting)
+    def words(self, name: str, seed: int) -> list[str]:
+        """The command line of a row."""
+        row, given, world = ROWS[name], self.given, str(self.world(name, seed))
+        data, corpus = (world, [f"{world}/corpus.json.gz"]) if self.toy else (given.data, given.corpus)
+        tokenizer = world if self.toy else given.tokenizer
+        start = str(self.folder(self.start(name), seed)) if self.start(name) else given.start
+        return [
+            row.command,
+            *(["--data", data] if row.command == "finetune" else ["--corpus", *corpus]),
+            *(["--tokenizer", tokenizer] if tokenizer else []),
+            *(["--start", start] if start else ["--size", given.size or "toy"]),
+            *(TOY_WORDS[row.command] + TOY_FROZEN * row.frozen if self.toy else given.words),
+            *row.words.split(),
+            *["--seed", str(seed), "--out", str(self.folder(name, seed)), "--resume"],
+        ]  # fmt: skip
 
-    def has_result(name: str, seed: int) -> bool:
-        path = out / name / f"seed-{seed}" / "result.json"
-        if not name or not path.exists():
-            return not name
-        if read_json(path).get("words") != words_of(name, seed, arguments, out):
+    def train(self, rows: Sequence[tuple[str, int]]) -> None:
+        """Train those that have no result yet, so many at a time; raises RunError where one fails."""
+        rows = list(dict.fromkeys(rows))
+        done = {row for row in rows if self._has_result(*row)}
+        waiting = [row for row in rows if row not in done]
+        running: dict[tuple[str, int], tuple[subprocess.Popen, float]] = {}
+        bar = tqdm(total=len(rows), initial=len(done), desc="rows", disable=not rows)
+        try:
+            while waiting or running:
+                for row, (process, began) in list(running.items()):
+                    if process.poll() is not None:
+                        self._finish(*row, process.returncode, round(time.time() - began))
+                        done.add(row)
+                        del running[row]
+                        bar.update()
+                may_start = [row for row in waiting if self.start(row[0]) == "" or (self.start(row[0]), row[1]) in done]
+                for row in may_start[: self.given.jobs - len(running)]:
+                    running[row] = self._begin(*row), time.time()
+                    waiting.remove(row)
+                time.sleep(0.2)
+        finally:
+            for process, _ in running.values():
+                process.terminate()  # it ends its step and keeps a checkpoint
+            for process, _ in running.values():
+                process.wait()
+            bar.close()
+
+    def _has_result(self, name: str, seed: int) -> bool:
+        path = self.folder(name, seed) / "result.json"
+        if path.exists() and read_json(path).get("words") != self.words(name, seed):
             raise RunError(f"{path}: is of a row with other options; name another --out")
-        return True
+        return path.exists()
 
-    try:
-        while waiting or running:
-            for place, (process, began) in list(running.items()):
-                if process.poll() is not None:
-                    if process.returncode:
-                        raise RunError(f"{place}.log: ended with status {process.returncode}; its end says why")
-                    words = words_of(place.parent.name, int(place.name.removeprefix("seed-")), arguments, out)
-                    result = {"words": words, **result_of(place, toy, began)}
-                    write(place / "result.json", json.dumps(result, indent=2) + "\n")
-                    bar.write(f"{place}: {time.time() - began:.0f} s", file=sys.stderr)
-                    del running[place]
-            waiting = [row for row in waiting if not has_result(*row)]
-            bar.update(bar.total - len(waiting) - bar.n)
-            for name, seed in waiting:
-                place = out / name / f"seed-{seed}"
-                if place not in running and len(running) < arguments.jobs and has_result(start_of(name, toy), seed):
-                    running[place] = (start_row(name, seed, arguments, out), time.time())
-            time.sleep(0.2)
-    finally:
-        for process, _ in running.values():
-            process.terminate()  # it ends its step and keeps a checkpoint
-        for process, _ in running.values():
-            process.wait()
-        bar.close()
+    def _begin(self, name: str, seed: int) -> subprocess.Popen:
+        """The process that trains a row; what it prints goes into a log beside its folder."""
+        if self.toy and not (self.world(name, seed) / "tokenizer.json").exists():
+            write_toy_world(self.world(name, seed), vague(toy_world(seed)) if ROWS[name].vague else toy_world(seed))
+        words = [sys.executable, __file__, *self.words(name, seed)]
+        place = self.folder(name, seed)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        one_thread = {"OMP_NUM_THREADS": "1"} if self.toy else {}
+        with open(f"{place}.log", "w", encoding="utf-8") as log:
+            log.write(shlex.join(words) + "\n")
+            log.flush()
+            # In a session of its own, so that Ctrl-C reaches it once, from here: a second signal would stop it at once.
+            return subprocess.Popen(
+                words, stdout=log, stderr=log, env={**os.environ, **one_thread}, start_new_session=True
+            )
 
+    def _finish(self, name: str, seed: int, status: int, seconds: int) -> None:
+        """Write the result of a row whose process has ended."""
+        place = self.folder(name, seed)
+        if status:
+            raise RunError(f"{place}.log: ended with status {status}; its end says why")
+        found = result_of(place, self.toy) if ROWS[name].command == "finetune" else {}
+        result = {"words": self.words(name, seed), "seconds": seconds, **found}
+        write(place / "result.json", json.dumps(result, indent=2) + "\n")
+        tqdm.write(f"{place}: {seconds} s", file=sys.stderr)
 
-def start_row(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> subprocess.Popen:
-    """The process that trains a row; what it prints goes into a log beside its folder."""
-    words = [sys.executable, __file__, *words_of(name, seed, arguments, out)]
-    place = out / name / f"seed-{seed}"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    log = open(f"{place}.log", "w", encoding="utf-8")
-    log.write(shlex.join(words) + "\n")
-    log.flush()
-    one_thread = {"OMP_NUM_THREADS": "1"} if arguments.data is None else {}
-    with log:
-        # In a session of its own, so that Ctrl-C reaches it once, from here: a second signal would stop it at once.
-        return subprocess.Popen(words, stdout=log, stderr=log, env={**os.environ, **one_thread}, start_new_session=True)
+    def results(self, name: str, seeds: Sequence[int]) -> list[dict]:
+        """What is known of a finished row, for each seed."""
+        return [read_json(self.folder(name, seed) / "result.json") for seed in seeds]
 
 
-def words_of(name: str, seed: int, arguments: argparse.Namespace, out: Path) -> list[str]:
-    """The command line of a row."""
-    row, toy = ROWS[name], arguments.data is None
-    data = str(world_of(name, seed, out)) if toy else arguments.data
-    corpus = [f"{data}/corpus.json.gz"] if toy else arguments.corpus
-    given = TOY_WORDS[row.command] + TOY_FROZEN * row.frozen if toy else arguments.words
-    before = start_of(name, toy)
-    start = out / before / f"seed-{seed}" if before else arguments.start
-    start = ["--start", str(start)] if start else ["--size", arguments.size or "toy"]
-    what = ["--data", data] if row.command == "finetune" else ["--corpus", *corpus]
-    tokenizer = data if toy else arguments.tokenizer
-    tokenizer = ["--tokenizer", tokenizer] if tokenizer else []
-    place = ["--seed", str(seed), "--out", str(out / name / f"seed-{seed}"), "--resume"]
-    return [row.command, *what, *tokenizer, *start, *given, *row.words.split(), *place]
-
-
-def result_of(place: Path, toy: bool, began: float) -> dict:
-    """What the tables need of a finished row, from the files that it wrote."""
-    result = {"seconds": round(time.time() - began)}
-    path = place / "predictions.jsonl"
-    if path.exists():
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        groups = {"overall": rows}
-        for row in rows if toy else []:
-            groups.setdefault(re.sub(r"-\d+$", "", row["task"]), []).append(row)
-        result["scores"] = {name.replace("-", " "): scores(group) for name, group in groups.items()}
-        log = map(json.loads, (place / "log.jsonl").read_text("utf-8").splitlines())
-        result["curve"] = [[entry["step"], entry["exact_match"]] for entry in log if "exact_match" in entry]
-        result |= cost_of(place)
-    return result
+def result_of(place: Path, toy: bool) -> dict:
+    """What the tables need of a run, from the files that it wrote: scores (in the toy world of both test sets), those
+    during the training, steps, and costs.
+    """
+    rows = [json.loads(line) for line in (place / "predictions.jsonl").read_text("utf-8").splitlines()]
+    groups = {"overall": rows}
+    for row in rows if toy else []:
+        groups.setdefault(re.sub(r"-\d+$", "", row["task"]).replace("-", " "), []).append(row)
+    log = map(json.loads, (place / "log.jsonl").read_text("utf-8").splitlines())
+    return {
+        "scores": {name: scores(group) for name, group in groups.items()},
+        "curve": [[entry["step"], entry["exact_match"]] for entry in log if "exact_match" in entry],
+        "steps": read_json(place / "config.json")["run"]["steps"],
+        **cost_of(place),
+    }
 
 
 def cost_of(place: Path) -> dict[str, int]:
@@ -1346,14 +1345,10 @@ def costs_at_medians(place: Path) -> str:
         "decoder alone, keys and values kept": (decoder_only_flops(n, i, whole_input - i, o, N), None),
     }
     first = f"Median tokens: instruction {t}, input {i}, answer {o}; all in one input {whole_input}.\n\n"
-    lines = [
-        {
-            "100 inputs": name,
-            "by formula (GFLOP)": f"{formula / 1e9:.3g}",
-            "exact": f"{exact / 1e9:.3g}" if exact else "",
-        }
-        for name, (formula, exact) in found.items()
-    ]
+    lines = []
+    for name, (formula, exact) in found.items():
+        cells = {"by formula (GFLOP)": f"{formula / 1e9:.3g}", "exact": f"{exact / 1e9:.3g}" if exact else ""}
+        lines.append({"100 inputs": name, **cells})
     return first + markdown(lines)
 
 
@@ -1362,16 +1357,12 @@ def flops_of_100(result: dict) -> float:
     return (result["flops_once"] + 100 * result["flops_each"]) / 1e9
 
 
-def results_of(name: str, seeds: Sequence[int], out: Path) -> list[dict]:
-    """What is known of a row, for each seed."""
-    return [read_json(out / name / f"seed-{seed}" / "result.json") for seed in seeds]
-
-
-def table_text(table: str, seeds: Sequence[int], out: Path) -> str:
-    """A table in Markdown: exact match, mean (lowest to highest) over the seeds; costs of the first seed."""
+def table_text(rows: dict[str, list[dict]]) -> str:
+    """A table in Markdown of the results of rows: exact match, mean (lowest to highest) over the seeds; costs of the
+    first seed.
+    """
     lines = []
-    for name in TABLES[table]:
-        found = results_of(name, seeds, out)
+    for name, found in rows.items():
         groups = list(found[0]["scores"])[1:] or ["overall"]
         cells = {group: spread_of([one["scores"][group]["exact_match"] for one in found]) for group in groups}
         cells["ROUGE-L"] = spread_of([one["scores"]["overall"]["rougeL"] for one in found])
@@ -1379,7 +1370,7 @@ def table_text(table: str, seeds: Sequence[int], out: Path) -> str:
         cells |= {f"at step {step:,}": spread_of([dict(one["curve"])[step] for one in found]) for step in steps}
         cells["numbers trained"] = f"{found[0]['trained']:,}"
         cells["GFLOP for 100 inputs"] = f"{flops_of_100(found[0]):.3g}"
-        cells["seconds"] = f"{sum(one['seconds'] for one in found) / len(found):.0f}"
+        cells["seconds"] = f"{mean(one['seconds'] for one in found):.0f}"
         lines.append({"row": name, **cells})
     return markdown(lines)
 
@@ -1393,37 +1384,33 @@ def markdown(lines: Sequence[dict[str, str]]) -> str:
 
 def spread_of(values: Sequence[float]) -> str:
     """Mean (lowest to highest)."""
-    mean = sum(values) / len(values)
-    return f"{mean:.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
+    return f"{mean(values):.1f}" + (f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else "")
 
 
-Lines = dict[str, list[tuple[float, float]]]  # points of the lines of a picture, by their names
+Line = list[tuple[float, float]]  # points of a line of a picture
 
 
-def curves(seeds: Sequence[int], out: Path) -> Lines:
+def curve(found: Sequence[dict]) -> Line:
     """Exact match on all unseen tasks over the steps of training, mean over the seeds; the end counts as the last."""
-    lines = {}
-    for name in TABLES["main"]:
-        found = results_of(name, seeds, out)
-        steps = [step for step, _ in found[0]["curve"]]
-        points = [(step, sum(dict(one["curve"])[step] for one in found) / len(found)) for step in steps]
-        last = read_json(out / name / f"seed-{seeds[0]}" / "config.json")["run"]["steps"]
-        end = sum(one["scores"]["overall"]["exact_match"] for one in found) / len(found)
-        lines[name] = [*points, (last, end)]
+    steps = [step for step, _ in found[0]["curve"]]
+    points = [(step, mean(dict(one["curve"])[step] for one in found)) for step in steps]
+    return [*points, (found[0]["steps"], overall(found))]
+
+
+def overall(found: Sequence[dict]) -> float:
+    """Exact match on all unseen tasks at the end, mean over the seeds."""
+    return mean(one["scores"]["overall"]["exact_match"] for one in found)
+
+
+def scores_by_flops(rows: dict[str, list[dict]]) -> dict[str, Line]:
+    """Figure 3: score against compute, from no example in the instruction to five; a line for each system."""
+    lines: dict[str, Line] = {}
+    for name, found in rows.items():
+        lines.setdefault(ROWS[name].words.split()[1], []).append((flops_of_100(found[0]), overall(found)))
     return lines
 
 
-def scores_by_flops(seeds: Sequence[int], out: Path) -> Lines:
-    """Figure 3: score against compute, from no example in the instruction to five."""
-    lines: Lines = {}
-    for name in TABLES["shots"]:
-        found = results_of(name, seeds, out)
-        score = sum(one["scores"]["overall"]["exact_match"] for one in found) / len(found)
-        lines.setdefault(ROWS[name].words.split()[1], []).append((flops_of_100(found[0]), score))
-    return lines
-
-
-def answering_times(size: str, lengths: Sequence[int] = (0, 50, 100, 200, 400, 700, 1000)) -> tuple[str, Lines]:
+def answering_times(size: str, lengths: Sequence[int] = (0, 50, 100, 200, 400, 700, 1000)) -> tuple[str, dict]:
     """Figure 4: seconds for 100 inputs of one task (100 tokens each, 16 new ones), by the length of its instruction.
 
     HINT, the hypernetwork included, against the instruction in every input; random weights that never end an answer;
@@ -1459,7 +1446,7 @@ def answering_times(size: str, lengths: Sequence[int] = (0, 50, 100, 200, 400, 7
 COLOURS = ("#2f81f7", "#d9730d", "#1a9850", "#8957e5", "#c93c37", "#768390", "#b08800", "#0e8a8a", "#d14fa3")
 
 
-def draw(path: Path, lines: Lines, across: str, up: str) -> None:
+def draw(path: Path, lines: dict[str, Line], across: str, up: str) -> None:
     """A picture of lines with a point for each value, as SVG, in colours that show on light and dark pages."""
     width, height, left, right, top, bottom = 720, 360, 60, 210, 20, 310  # of the picture; of the field of the lines
     wide, high = (ticks(max(values)) for values in zip(*(point for line in lines.values() for point in line)))
@@ -1635,10 +1622,8 @@ def answerer_of(arguments: argparse.Namespace) -> Answerer:
     has_table = generates and model.config.hyperencoder == "table"
     if has_table != isinstance(prompts, TaskNumberFormat) or has_table and model.config.tasks != len(notes.tasks):
         raise RunError(f"{arguments.model}: does not name the tasks that its embeddings are of")
-    longest, precision = (
-        arguments.max_new_tokens or notes.recipe.max_target,
-        arguments.precision or notes.recipe.precision,
-    )
+    longest = arguments.max_new_tokens or notes.recipe.max_target
+    precision = arguments.precision or notes.recipe.precision
     return Answerer(model, prompts, longest, arguments.eval_batch_size, precision, notes._replace(system=system))
 
 

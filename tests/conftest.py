@@ -1,12 +1,20 @@
-"""What several test files share: small random models, public checkpoints made by transformers, and the real data."""
+"""What several test files share: small random models, small data, and runs of the command line on it."""
 
+import gzip
+import io
+import json
 import os
+import random
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
+from tokenizers import Tokenizer
 
-from hint import HINT, HINTConfig
+import train
+from data import Example, Instance, Task, load_tokenizer
+from hint import HINT, HINTConfig, load_model
 from t5 import T5, Adapter, KeyValue, LayerModules, Modules, T5Config
 
 torch.set_num_threads(1)  # the models here are so small that a second thread costs more than it gives
@@ -66,3 +74,143 @@ def random_modules(config: T5Config, batch: int, bottleneck: int = 5, prefix: in
         encoder=tuple(LayerModules(adapter(), pair()) for _ in range(config.num_layers)),
         decoder=tuple(LayerModules(adapter(), pair(), pair()) for _ in range(config.num_decoder_layers)),
     )
+
+
+# ------------------------------------------------------------------------ small data
+
+SENTENCES = [
+    "the cat sat on the mat and the dog barked at it", "please give me the book that lies on the table", "questions, answers; and more",
+    "Now complete the following example -\nInput: what?\nOutput: that.", "Definition: write the plural. Positive Example 1 -",
+    "relational conditional rationally organisations", "tabs\tand  double   spaces", "ﬁnal ½ café naïve ①", "numbers 1 22 333 4,444",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory):
+    """A SentencePiece model with T5's layout of ids, trained on the sentences above."""
+    folder = tmp_path_factory.mktemp("spiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 5), model_writer=model, model_type="unigram", vocab_size=140, pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    return folder / "spiece.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(spiece) -> Tokenizer:
+    return load_tokenizer(spiece)
+
+
+TASK = Task(
+    "t",
+    "Give the answer",
+    (Example("one", "1"), Example("two?", "2!"), Example("three", "3")),
+    (Instance("i", "four", ("4",)),),
+)
+
+
+def write_task(folder, name="task1_a", **changes):
+    """A folder in the layout of Super-NaturalInstructions with one task, changed as asked."""
+    found = {
+        "Definition": ["Say it again, and give me the book that lies on the table. "],
+        "Positive Examples": [{"input": "x", "output": "y", "explanation": "so"}],
+        "Instances": [
+            {
+                "id": f"{name}-{n}",
+                "input": f" in {n} the cat sat on the mat and the dog ",
+                "output": [f" out {n} ", "other"],
+            }
+            for n in range(5)
+        ],
+    }
+    found = {key: value for key, value in {**found, **changes}.items() if value is not None}
+    (folder / "tasks").mkdir(exist_ok=True)
+    (folder / "splits" / "default").mkdir(parents=True, exist_ok=True)
+    (folder / "tasks" / f"{name}.json").write_text(json.dumps(found))
+    (folder / "splits" / "default" / "train_tasks.txt").write_text(f"{name}\n")
+    return folder
+
+
+def write_prompted(folder, split="train", **changes):
+    """A folder of prompted examples: two of one instruction, one of another, one of another data set."""
+    either = "Is it true that [MASK]? [MASK] or [MASK]? "
+    lines = [
+        dict(task="rte", instruction=either, input=[" the cat sat ", "yes", "no"], target="no ", choices=["yes", "no"]),
+        dict(task="rte", instruction="[MASK]. True?", input="the dog barked", target="no", choices=["no", "yes"]),
+        dict(
+            task="rte", instruction=either, input=["yes", "yes", "no"], target="yes", choices=["yes", "no"], id="mine"
+        ),
+        dict(
+            task="xsum", instruction="[MASK] Sum it up: [MASK]", input=["", "the book"], target="a book", choices=None
+        ),
+    ]
+    lines[-1] |= changes
+    folder.mkdir(exist_ok=True)
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_shards(folder, documents, shards=2):
+    """Shards in the form of C4, of the sentences above in random order."""
+    draw, paths = random.Random(0), []
+    for number in range(shards):
+        paths.append(folder / f"c4-{number}.json.gz")
+        with gzip.open(paths[-1], "wt") as file:
+            for _ in range(documents // shards):
+                file.write(json.dumps({"text": draw.choice(SENTENCES), "url": ""}) + "\n")
+    return paths
+
+
+# ------------------------------------------------------------------------ runs on it
+
+TRAIN = Path(train.__file__)
+FAST = "--batch-size 4 --microbatch 100 --log-every 1 --max-input 40 --precision fp32".split()
+
+
+@pytest.fixture
+def sni(tmp_path) -> Path:
+    """A data set of three tasks to train on and two others to be scored on."""
+    folder = tmp_path / "sni"
+    folder.mkdir()
+    for name in ("train_1", "train_2", "train_3", "test_1", "test_2"):
+        write_task(folder, name)
+    for split in ("train", "test"):
+        names = [f"{split}_{n}" for n in range(1, 4) if (folder / "tasks" / f"{split}_{n}.json").exists()]
+        (folder / "splits" / "default" / f"{split}_tasks.txt").write_text("\n".join(names))
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path, spiece) -> Path:
+    """A tiny public T5: config, weights and spiece.model."""
+    folder = tmp_path / "public-t5"
+    tiny_t5(vocab_size=300).save_pretrained(folder)
+    (folder / "spiece.model").write_bytes(spiece.read_bytes())
+    return folder
+
+
+def finetune(sni, start, out, *more):
+    run("finetune", "--data", sni, "--start", start, "--out", out, "--bottleneck", "3", "--prefix-length", "2",
+                "--max-target", "8", "--max-instruction", "40", *FAST, *more)  # fmt: skip
+
+
+def run(*words):
+    """`python train.py ...` in this process."""
+    train.main([str(word) for word in words])
+
+
+def parsed(*words):
+    """The options of a command line."""
+    return train.parser().parse_args([str(word) for word in words])
+
+
+def log_of(run: Path) -> list[dict]:
+    """The entries of `log.jsonl`."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    """All weights of a saved model."""
+    return [parameter for _, parameter in load_model(folder).named_parameters()]

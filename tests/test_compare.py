@@ -145,15 +145,17 @@ def test_every_row_of_every_table_is_a_command_line_that_can_be_read(tmp_path):
     for data in (None, "natural-instructions"):
         given = [
             "compare",
+            *["--out", str(tmp_path)],
             *(["--data", data, "--corpus", "c4.json.gz", "--start", "t5", "--words", "--steps", "7"] if data else []),
         ]
         arguments = train.parser().parse_args(given)
         names = [name for table in train.TABLES.values() for name in table]
-        ordered = train.with_starts(names, toy=data is None)
+        rows = train.Rows(arguments)
+        ordered = rows.with_starts(names)
         assert set(names) <= set(ordered) and len(ordered) == len(set(ordered))
         for name in ordered:
-            parsed = train.parser().parse_args(train.words_of(name, 3, arguments, tmp_path))
-            before = train.start_of(name, toy=data is None)
+            parsed = train.parser().parse_args(rows.words(name, 3))
+            before = rows.start(name)
             assert parsed.seed == 3 and (not before or before in ordered[: ordered.index(name)])
             assert parsed.start == (str(tmp_path / before / "seed-3") if before else data and "t5")
             assert data is None or parsed.steps == 7

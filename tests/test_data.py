@@ -13,7 +13,7 @@ from itertools import chain
 
 import pytest
 import sentencepiece
-from conftest import SHARED, needs_shared
+from conftest import SENTENCES, SHARED, TASK, needs_shared, write_prompted, write_shards, write_task
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer
 from tokenizers import Tokenizer
@@ -42,11 +42,6 @@ from data import (
     toy_world,
 )  # fmt: skip
 
-SENTENCES = [
-    "the cat sat on the mat and the dog barked at it", "please give me the book that lies on the table", "questions, answers; and more",
-    "Now complete the following example -\nInput: what?\nOutput: that.", "Definition: write the plural. Positive Example 1 -",
-    "relational conditional rationally organisations", "tabs\tand  double   spaces", "ﬁnal ½ café naïve ①", "numbers 1 22 333 4,444",
-]  # fmt: skip
 HARD = [
     "",
     " ",
@@ -61,24 +56,6 @@ HARD = [
     "a\u00a0b\u200bc",
     "É" * 30,
 ]
-
-
-@pytest.fixture(scope="session")
-def spiece(tmp_path_factory):
-    """A SentencePiece model with T5's layout of ids, trained on the sentences above."""
-    folder = tmp_path_factory.mktemp("spiece")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 5), model_writer=model, model_type="unigram", vocab_size=140, pad_id=0, eos_id=1, unk_id=2,
-        bos_id=-1, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    (folder / "spiece.model").write_bytes(model.getvalue())
-    return folder / "spiece.model"
-
-
-@pytest.fixture(scope="session")
-def tokenizer(spiece) -> Tokenizer:
-    return load_tokenizer(spiece)
 
 
 # ------------------------------------------------------------------------ tokenizer
@@ -178,28 +155,6 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path, spiece):
 # ------------------------------------------------------------------------ tasks
 
 
-def write_task(folder, name="task1_a", **changes):
-    """A folder in the layout of Super-NaturalInstructions with one task, changed as asked."""
-    found = {
-        "Definition": ["Say it again, and give me the book that lies on the table. "],
-        "Positive Examples": [{"input": "x", "output": "y", "explanation": "so"}],
-        "Instances": [
-            {
-                "id": f"{name}-{n}",
-                "input": f" in {n} the cat sat on the mat and the dog ",
-                "output": [f" out {n} ", "other"],
-            }
-            for n in range(5)
-        ],
-    }
-    found = {key: value for key, value in {**found, **changes}.items() if value is not None}
-    (folder / "tasks").mkdir(exist_ok=True)
-    (folder / "splits" / "default").mkdir(parents=True, exist_ok=True)
-    (folder / "tasks" / f"{name}.json").write_text(json.dumps(found))
-    (folder / "splits" / "default" / "train_tasks.txt").write_text(f"{name}\n")
-    return folder
-
-
 def test_tasks_are_read_as_the_repository_lays_them_out(tmp_path):
     write_task(tmp_path)
     [task] = load_tasks(tmp_path, "train", max_instances=3)
@@ -259,25 +214,6 @@ def test_missing_folders_splits_and_tasks_are_named(tmp_path):
     listing.write_text("task1_a\ntask2_b\n")
     with pytest.raises(DataError, match="task2_b.json: no such file"):
         load_tasks(tmp_path, "train")
-
-
-def write_prompted(folder, split="train", **changes):
-    """A folder of prompted examples: two of one instruction, one of another, one of another data set."""
-    either = "Is it true that [MASK]? [MASK] or [MASK]? "
-    lines = [
-        dict(task="rte", instruction=either, input=[" the cat sat ", "yes", "no"], target="no ", choices=["yes", "no"]),
-        dict(task="rte", instruction="[MASK]. True?", input="the dog barked", target="no", choices=["no", "yes"]),
-        dict(
-            task="rte", instruction=either, input=["yes", "yes", "no"], target="yes", choices=["yes", "no"], id="mine"
-        ),
-        dict(
-            task="xsum", instruction="[MASK] Sum it up: [MASK]", input=["", "the book"], target="a book", choices=None
-        ),
-    ]
-    lines[-1] |= changes
-    folder.mkdir(exist_ok=True)
-    (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 def test_prompted_examples_of_one_data_set_and_instruction_are_a_task(tmp_path):
@@ -346,13 +282,6 @@ def test_a_folder_of_super_natural_instructions_stays_one_and_has_no_joint_setti
 
 
 # ------------------------------------------------------------------------ prompts
-
-TASK = Task(
-    "t",
-    "Give the answer",
-    (Example("one", "1"), Example("two?", "2!"), Example("three", "3")),
-    (Instance("i", "four", ("4",)),),
-)
 
 
 def test_hint_reads_the_definition_alone_or_behind_its_examples(tokenizer):
@@ -466,16 +395,6 @@ def test_a_source_goes_on_where_it_stopped(tokenizer, tmp_path):
             begun = new(None)
             begun.take(stop)
             assert new(json.loads(json.dumps(begun.position))).take(90 - stop) == whole[stop:]
-
-
-def write_shards(folder, documents, shards=2):
-    draw, paths = random.Random(0), []
-    for number in range(shards):
-        paths.append(folder / f"c4-{number}.json.gz")
-        with gzip.open(paths[-1], "wt") as file:
-            for _ in range(documents // shards):
-                file.write(json.dumps({"text": draw.choice(SENTENCES), "url": ""}) + "\n")
-    return paths
 
 
 def test_chunks_are_the_text_split_at_two_points(tokenizer, tmp_path):

@@ -22,9 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_hint
-from test_data import spiece, tokenizer, write_shards, write_task  # noqa: F401 (fixtures)
-from test_train import FAST, TRAIN, finetune, log_of, run, sni, start  # noqa: F401 (fixtures)
+from conftest import FAST, TRAIN, log_of, run, tiny_hint, write_shards, write_task
 
 import t5
 import train

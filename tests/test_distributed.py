@@ -7,17 +7,16 @@ Most of the time goes into starting processes. So one pair of them does nearly a
 import json
 import os
 import random
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_hint, tiny_t5
-from test_data import SENTENCES, spiece, write_shards, write_task  # noqa: F401 (fixture)
-from test_train import examples, log_of
+from conftest import SENTENCES, log_of, tiny_hint, tiny_t5, write_shards, write_task
+from test_train import examples
 
 import train
 from t5 import read_weights

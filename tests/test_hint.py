@@ -220,8 +220,8 @@ def test_an_answer_is_ranked_by_the_log_probability_of_all_its_tokens(kind):
     task, inputs, labels = model.encode_instruction(random_ids(1, 7)), random_ids(4, 9), random_ids(4, 6)
     labels[:, -1] = labels[1, 2] = t5.EOS
     labels[1, 3:], inputs[2, 4:] = -100, 0
-    wanted = []
-    for row, answer in zip(inputs, labels):
+    wanted, owners = [], torch.tensor([2, 0, 3, 2])  # an input has two answers, another none
+    for row, answer in zip(inputs[owners], labels):
         row = row[row > 0][None]
         sources, modules = ([model.t5.read(row)], None) if task is None else (model._fuse(task, row), task.modules)
         said, total = [t5.START], 0.0
@@ -230,10 +230,10 @@ def test_an_answer_is_ranked_by_the_log_probability_of_all_its_tokens(kind):
             total += model.t5.logits(states)[0, -1].log_softmax(-1)[token].item()
             said.append(token)
         wanted.append(total)
-    found = model.rank(task, inputs, labels)
+    found = model.rank(task, inputs, labels, owners)
     torch.testing.assert_close(found, torch.tensor(wanted), atol=1e-4, rtol=1e-5)
     assert not found.requires_grad
-    padded = model.rank(task, with_padding(inputs, 3), with_padding(labels, 2, -100))
+    padded = model.rank(task, with_padding(inputs, 3), with_padding(labels, 2, -100), owners)
     torch.testing.assert_close(padded, found, atol=1e-4, rtol=1e-5)
 
 

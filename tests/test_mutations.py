@@ -26,7 +26,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_hint, tiny_t5
+from conftest import SENTENCES, random_ids, tiny_config, tiny_hint, tiny_t5, write_prompted, write_shards, write_task
 from mutator import (
     ATTACK,
     BYTES,
@@ -42,7 +42,6 @@ from mutator import (
     damage_zip,
     flip_bits,
 )
-from test_data import SENTENCES, spiece, write_prompted, write_shards, write_task  # noqa: F401 (a fixture)
 
 import t5
 import train

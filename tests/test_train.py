@@ -12,58 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, needs_shared, tiny_hint, tiny_t5
-from test_data import TASK, spiece, tokenizer, write_prompted, write_shards, write_task  # noqa: F401 (fixtures)
+from conftest import (
+    FAST,
+    SHARED,
+    TASK,
+    TRAIN,
+    finetune,
+    log_of,
+    needs_shared,
+    parsed,
+    run,
+    tiny_hint,
+    tiny_t5,
+    weights_of,
+    write_prompted,
+    write_shards,
+)
 
 import t5
 import train
 from data import NO_LABEL, HINTFormat, Ids, Instance, Task, load_tasks, pad, toy_tokenizer
 from hint import HINT, PlainT5, load_model
 from t5 import T5, T5Config
-
-TRAIN = Path(train.__file__)
-FAST = "--batch-size 4 --microbatch 100 --log-every 1 --max-input 40 --precision fp32".split()
-
-
-@pytest.fixture
-def sni(tmp_path) -> Path:
-    """A data set of three tasks to train on and two others to be scored on."""
-    folder = tmp_path / "sni"
-    folder.mkdir()
-    for name in ("train_1", "train_2", "train_3", "test_1", "test_2"):
-        write_task(folder, name)
-    for split in ("train", "test"):
-        names = [f"{split}_{n}" for n in range(1, 4) if (folder / "tasks" / f"{split}_{n}.json").exists()]
-        (folder / "splits" / "default" / f"{split}_tasks.txt").write_text("\n".join(names))
-    return folder
-
-
-@pytest.fixture
-def start(tmp_path, spiece) -> Path:
-    """A tiny public T5: config, weights and spiece.model."""
-    folder = tmp_path / "public-t5"
-    tiny_t5(vocab_size=300).save_pretrained(folder)
-    (folder / "spiece.model").write_bytes(spiece.read_bytes())
-    return folder
-
-
-def finetune(sni, start, out, *more):
-    run("finetune", "--data", sni, "--start", start, "--out", out, "--bottleneck", "3", "--prefix-length", "2",
-                "--max-target", "8", "--max-instruction", "40", *FAST, *more)  # fmt: skip
-
-
-def run(*words):
-    """`python train.py ...` in this process."""
-    train.main([str(word) for word in words])
-
-
-def parsed(*words):
-    """The options of a command line."""
-    return train.parser().parse_args([str(word) for word in words])
-
-
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 def command_line(*words, **settings) -> subprocess.CompletedProcess:
@@ -151,12 +121,12 @@ def test_prompted_examples_train_and_their_choices_are_ranked(tmp_path, start, s
 
 def best_of_each(answerer: train.Answerer, task: Task) -> list[str]:
     """The choices of a task that are the most probable ones, each pair of input and choice in a pass of its own."""
-    best = []
+    best, first = [], torch.tensor([0])
     with torch.no_grad():
         for (instruction, ids), instance in zip(answerer.prompts(task), task.instances, strict=True):
             encoded = answerer.model.encode_instruction(torch.tensor([instruction]))
             targets = [answerer.prompts.tokenizer.encode(choice).ids for choice in instance.choices]
-            ranks = [answerer.model.rank(encoded, pad([ids], 0), pad([t], NO_LABEL)).item() for t in targets]
+            ranks = [answerer.model.rank(encoded, pad([ids], 0), pad([t], NO_LABEL), first).item() for t in targets]
             best.append(instance.choices[ranks.index(max(ranks))])
     return best
 
@@ -457,10 +427,6 @@ def test_a_training_state_that_wants_to_run_code_is_refused(tmp_path, sni, start
     assert not (tmp_path / "it-ran").exists()
 
 
-def weights_of(folder):
-    return [parameter for _, parameter in load_model(folder).named_parameters()]
-
-
 def test_a_run_without_a_checkpoint_resumes_from_its_beginning(tmp_path, sni, start):
     finetune(sni, start, tmp_path / "never", "--steps", 2, "--resume")
     assert [entry["step"] for entry in log_of(tmp_path / "never")] == [1, 2]
@@ -582,14 +548,15 @@ def test_choices_are_ranked_and_what_has_none_is_generated(tokenizer, batch_size
 
 def test_no_more_choices_are_ranked_at_once_than_asked_and_of_equal_ones_the_first_is_best(tokenizer):
     class Undecided(Echo):
-        def rank(self, task, input_ids, labels):
-            sizes.append(len(labels))
+        def rank(self, task, input_ids, labels, owners):
+            sizes.append((len(labels), owners.tolist(), len(input_ids)))
             return torch.zeros(len(labels))
 
     sizes, instance = [], TASK.instances[0]._replace(choices=("the cat and the dog", "a cat", "it"))
     task = replace(TASK, instances=(instance,) * 3)
     answers = train.Answerer(Undecided(), HINTFormat(tokenizer), 5, batch_size=4, precision="fp32").answers(task)
-    assert answers == ["the cat and the dog"] * 3 and sizes == [4, 4, 1]
+    assert answers == ["the cat and the dog"] * 3, "and no input is read once for each of its choices"
+    assert sizes == [(4, [0, 0, 0, 1], 2), (4, [0, 0, 1, 1], 2), (1, [0], 1)]
 
 
 # ------------------------------------------------------------------------ the loop
