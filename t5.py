@@ -33,7 +33,6 @@ from torch.utils.checkpoint import checkpoint
 
 PAD, EOS, START = 0, 1, 0  # T5 starts its answers with the padding id
 MASKED = -1e9  # added to the score of a key that must not be seen: finite, so that no row of scores is all -inf
-WORTHWHILE = 2**17  # multiplications from which the faster routines of `linear` make up for what a call costs
 Z_LOSS = 1e-4  # weight of (log Z)^2 in the loss of the authors' training
 
 
@@ -225,32 +224,6 @@ class Modules(NamedTuple):
 
 
 # --------------------------------------------------------------------------------------------- the model
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., n] times weight [m, n] -> [..., m], as `F.linear`; answers in fp32 on a CPU take torch's faster routines.
-
-    Those know no gradient. Beside `F.linear` on a core of an AMD EPYC, they read the weights for one row twice as fast
-    (as two halves in one batched product), and multiply many rows 1.8 times as fast (oneDNN in place of MKL).
-    """
-    rows = x.numel() // x.shape[-1]
-    trains_or_casts = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    if trains_or_casts or x.device.type != "cpu" or x.dtype != torch.float32 or rows * weight.numel() < WORTHWHILE:
-        return F.linear(x, weight, bias)
-    if rows == 1 and bias is None and len(weight) % 2 == 0:
-        column = x.reshape(1, 1, -1).expand(2, -1, -1).mT  # [2, n, 1]
-        return torch.bmm(weight.view(2, -1, x.shape[-1]), column).view(*x.shape[:-1], -1)
-    if rows * weight.numel() >= 8 * WORTHWHILE and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    """A linear layer by `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., n] -> [..., m]"""
-        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -740,12 +713,38 @@ def token_loss(logits: Tensor, labels: Tensor) -> Loss:
 
 # ------------------------------------------------------------------------------ answering on a CPU
 
+WORTHWHILE = 2**17  # multiplications from which the faster routines of `linear` make up for what a call costs
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., n] times weight [m, n] -> [..., m], as `F.linear`; answers in fp32 on a CPU take torch's faster routines.
+
+    Those know no gradient. Beside `F.linear` on a core of an AMD EPYC, they read the weights for one row twice as fast
+    (as two halves in one batched product), and multiply many rows 1.8 times as fast (oneDNN in place of MKL).
+    """
+    work = x.numel() * len(weight)
+    answers = not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
+    if not answers or work < WORTHWHILE or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if x.numel() == x.shape[-1] and bias is None and len(weight) % 2 == 0:
+        column = x.reshape(1, 1, -1).expand(2, -1, -1).mT  # [2, n, 1]
+        return torch.bmm(weight.view(2, -1, x.shape[-1]), column).view(*x.shape[:-1], -1)
+    if work >= 8 * WORTHWHILE and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but answers on a CPU take the faster routines of `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n] -> [..., m]"""
+        return linear(x, self.weight, self.bias)
+
 
 class PackedLinear(nn.Module):
-    """A linear layer for answering alone, whose weight lies in memory in the order in which oneDNN reads it.
-
-    A step of decoding is bound by reading the weights, and a plain product reads them badly or lays them out anew each
-    time. These are the operations to which `torch.compile` turns linear layers on a CPU.
+    """A linear layer for many answers, whose weight lies in memory in the order in which oneDNN reads it, and is not
+    laid out anew each time. These are the operations to which `torch.compile` turns linear layers on a CPU.
     """
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:

@@ -282,6 +282,7 @@ def epoch(size: str, folder: str | None, tokenizer: str | None) -> None:
         "one epoch, batches of 1,024",
         "microbatches",
         "padded tokens / real",
+        "what layers see / real",
         "seconds for 1,024",
         "loss",
         "times as fast",
@@ -298,7 +299,7 @@ def epoch(size: str, folder: str | None, tokenizer: str | None) -> None:
             ("at most 8,192 tokens of like lengths", lambda batch: data.microbatches(batch, 8192)),
             ("16 in random order", lambda batch: [batch[start : start + 16] for start in range(0, 1024, 16)]),
         ):
-            padded = sum(tokens(part)[1] for batch in batches for part in cut(batch))
+            seen, padded = map(sum, zip(*(tokens(part) for batch in batches for part in cut(batch))))
             began = time.perf_counter()
             loss = step(model, cut(batches[0]))
             results.append(time.perf_counter() - began)
@@ -306,6 +307,7 @@ def epoch(size: str, folder: str | None, tokenizer: str | None) -> None:
                 name,
                 how,
                 f"{padded / real:.2f}",
+                f"{seen / real:.2f}",
                 f"{results[-1]:.1f}",
                 f"{loss:.6f}",
                 f"{results[-1] / results[0]:.2f}",
