@@ -79,7 +79,12 @@ class EncodedTask(NamedTuple):
         except (AttributeError, TypeError, ValueError, IndexError):  # of a part that is not what stands in its place
             raise CheckpointError(f"{path}: is not an encoded task") from None
         check_sizes(path, tensors)
-        return map_tensors(torch.clone, task)  # the file may change
+        return map_tensors(_own_copy, task)
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    """In fp32, as all that is read from files, though the task may have been encoded in bf16; the file may change."""
+    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 _SHAPES = {  # of what a layer may be given, in the axes of t5.py; a letter means the same size in all tensors of a part

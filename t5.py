@@ -235,8 +235,8 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        # By way of the norm, because its gradient keeps no fp32 copy of x.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        # By way of the norm, because its gradient keeps no fp32 copy of bf16 states.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         return self.weight * (x * torch.rsqrt(norm.square() / x.shape[-1] + self.epsilon)).type_as(x)
 
 
@@ -328,9 +328,7 @@ def layout_of(mask: Tensor) -> Padded:
     return Padded() if mask.all() else Unpadded(mask)
 
 
-def attend(
-    query: Tensor, parts: Sequence[KeyValue], bias: Tensor, dropout: Callable[[Tensor], Tensor] = nn.Identity()
-) -> Tensor:
+def attend(query: Tensor, parts: Sequence[KeyValue], bias: Tensor, dropout: Callable[[Tensor], Tensor]) -> Tensor:
     """Attention as T5 has it: scores are not divided by sqrt(k). (Softmax is taken in fp32 inside, whatever its type.)
 
     query [B, h, T, k]; keys and values in parts [B or 1, h, S_i, k] that are read as if they were one, S long;
@@ -713,7 +711,8 @@ def token_loss(logits: Tensor, labels: Tensor) -> Loss:
 
 # ------------------------------------------------------------------------------ answering on a CPU
 
-WORTHWHILE = 2**17  # multiplications from which the faster routines of `linear` make up for what a call costs
+WORTHWHILE = 2**17  # multiplications from which `linear`'s routine for one row makes up for what a call costs
+WORTHWHILE_ONEDNN = 2**20  # likewise, for many rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -729,7 +728,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.numel() == x.shape[-1] and bias is None and len(weight) % 2 == 0:
         column = x.reshape(1, 1, -1).expand(2, -1, -1).mT  # [2, n, 1]
         return torch.bmm(weight.view(2, -1, x.shape[-1]), column).view(*x.shape[:-1], -1)
-    if work >= 8 * WORTHWHILE and torch.backends.mkldnn.is_available():
+    if work >= WORTHWHILE_ONEDNN and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -747,9 +746,9 @@ class PackedLinear(nn.Module):
     laid out anew each time. These are the operations to which `torch.compile` turns linear layers on a CPU.
     """
 
-    def __init__(self, linear: nn.Linear, rows: int) -> None:
+    def __init__(self, layer: nn.Linear, rows: int) -> None:
         super().__init__()
-        self.plain, self.packed = linear, torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.plain, self.packed = layer, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n] -> [..., m]"""
@@ -760,27 +759,21 @@ class PackedLinear(nn.Module):
 
 @contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within it, all linear layers of a model on a CPU are packed for batches of about so many rows.
+    """Within it, the linear layers of a model on a CPU (a tied head is none) are packed for batches of about so many rows.
 
     It takes a second copy of the weights, made once, so it pays where many answers follow. Not for training or
-    saving. Does nothing on a GPU, under autocast, or where torch has no oneDNN.
+    saving. Does nothing for single rows, on a GPU, under autocast, or where torch has no oneDNN.
     """
-    packable = rows > 1 and next(model.parameters()).device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    places = []
-    if packable and torch.backends.mkldnn.is_available():
-        places = [
-            (m, name, child)
-            for m in model.modules()
-            for name, child in m.named_children()
-            if isinstance(child, nn.Linear)
-        ]
+    on_cpu = next(model.parameters()).device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    parents = list(model.modules()) if on_cpu and rows > 1 and torch.backends.mkldnn.is_available() else []
+    layers = [(m, name, child) for m in parents for name, child in m.named_children() if isinstance(child, nn.Linear)]
     try:
-        for parent, name, linear in places:
-            setattr(parent, name, PackedLinear(linear, rows))
+        for parent, name, layer in layers:
+            setattr(parent, name, PackedLinear(layer, rows))
         yield
     finally:
-        for parent, name, linear in places:
-            setattr(parent, name, linear)
+        for parent, name, layer in layers:
+            setattr(parent, name, layer)
 
 
 # ------------------------------------------------------------------------ reading and writing checkpoints

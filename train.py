@@ -1138,14 +1138,15 @@ TOY_FROZEN = ["--steps", "600"]  # beside the 2,000 of the T5 that it starts fro
 def compare(arguments: argparse.Namespace) -> None:
     """Train and score the rows of the paper's tables, on the toy world or on the data and model that are named.
 
-    Each row is a `finetune` of its own, in a process of its own, and can be run again by the command that its log
+    Each row is a `finetune` (or `pretrain`) of its own, in a process of its own, and can be run again by the command that its log
     begins with. A row that has its result is not trained again; one that was stopped goes on.
     """
     check_comparison(arguments)
     rows = Rows(arguments)
     asked = arguments.tables or [*(table for table in TABLES if rows.toy or table != "vague"), "time"]
     seeds = {table: arguments.seeds or SEEDS[table] for table in TABLES if table in asked}
-    rows.train([(name, seed) for table in seeds for seed in seeds[table] for name in rows.with_starts(TABLES[table])])
+    wanted = [(name, seed) for table in seeds for seed in seeds[table] for name in rows.with_starts(TABLES[table])]
+    rows.train(list(dict.fromkeys(wanted)))
     texts = {table: table_text({name: rows.results(name, seeds[table]) for name in TABLES[table]}) for table in seeds}
     if "main" in seeds:
         texts["cost"] = costs_at_medians(rows.folder("hint", seeds["main"][0]))
@@ -1169,6 +1170,8 @@ def check_comparison(arguments: argparse.Namespace) -> None:
     real = arguments.start or arguments.size or arguments.tokenizer or arguments.corpus or arguments.words
     if arguments.data is None and real:
         raise RunError("--start, --size, --tokenizer, --corpus and --words are for --data; the toy world has its own")
+    if arguments.data and not (arguments.start or arguments.size):
+        raise RunError("--data: needs --start or --size, the model that rows start from")
     if arguments.data and "vague" in arguments.tables:
         raise RunError("vague: is a table of the toy world, not of --data")
     pretraining = {"pretraining", "modules"}
@@ -1212,27 +1215,33 @@ class Rows:
             row.command,
             *(["--data", data] if row.command == "finetune" else ["--corpus", *corpus]),
             *(["--tokenizer", tokenizer] if tokenizer else []),
-            *(["--start", start] if start else ["--size", given.size or "toy"]),
-            *(TOY_WORDS[row.command] + TOY_FROZEN * row.frozen if self.toy else given.words),
+            *(["--start", start] if start else ["--size", "toy" if self.toy else given.size]),
+            *(self.toy_words(row) if self.toy else given.words),
             *row.words.split(),
             *["--seed", str(seed), "--out", str(self.folder(name, seed)), "--resume"],
         ]  # fmt: skip
 
+    def toy_words(self, row: Row) -> list[str]:
+        """The recipe of a row in the toy world."""
+        return TOY_WORDS[row.command] + TOY_FROZEN * (row.frozen and row.command == "finetune")
+
     def train(self, rows: Sequence[tuple[str, int]]) -> None:
         """Train those that have no result yet, so many at a time; raises RunError where one fails."""
-        rows = list(dict.fromkeys(rows))
+        for row in rows:
+            parser().parse_args(self.words(*row))  # a word that a row does not know ends it all now, not in an hour
         done = {row for row in rows if self._has_result(*row)}
         waiting = [row for row in rows if row not in done]
         running: dict[tuple[str, int], tuple[subprocess.Popen, float]] = {}
         bar = tqdm(total=len(rows), initial=len(done), desc="rows", disable=not rows)
         try:
             while waiting or running:
-                for row, (process, began) in list(running.items()):
-                    if process.poll() is not None:
-                        self._finish(*row, process.returncode, round(time.time() - began))
-                        done.add(row)
-                        del running[row]
-                        bar.update()
+                seconds = {
+                    row: time.time() - began for row, (process, began) in running.items() if process.poll() is not None
+                }
+                for row, took in seconds.items():
+                    self._finish(*row, running.pop(row)[0].returncode, round(took))
+                    done.add(row)
+                    bar.update()
                 may_start = [row for row in waiting if self.start(row[0]) == "" or (self.start(row[0]), row[1]) in done]
                 for row in may_start[: self.given.jobs - len(running)]:
                     running[row] = self._begin(*row), time.time()
@@ -1268,7 +1277,7 @@ class Rows:
             )
 
     def _finish(self, name: str, seed: int, status: int, seconds: int) -> None:
-        """Write the result of a row whose process has ended."""
+        """Write the result of a row whose process has ended; the seconds are those of its last part, if it was stopped."""
         place = self.folder(name, seed)
         if status:
             raise RunError(f"{place}.log: ended with status {status}; its end says why")
@@ -1286,7 +1295,8 @@ def result_of(place: Path, toy: bool) -> dict:
     """What the tables need of a run, from the files that it wrote: scores (in the toy world of both test sets), those
     during the training, steps, and costs.
     """
-    rows = [json.loads(line) for line in (place / "predictions.jsonl").read_text("utf-8").splitlines()]
+    with open(place / "predictions.jsonl", encoding="utf-8") as file:
+        rows = list(map(json.loads, file))
     groups = {"overall": rows}
     for row in rows if toy else []:
         groups.setdefault(re.sub(r"-\d+$", "", row["task"]).replace("-", " "), []).append(row)
@@ -1302,7 +1312,7 @@ def result_of(place: Path, toy: bool) -> dict:
 def cost_of(place: Path) -> dict[str, int]:
     """Numbers that train; FLOPs of all products for one instruction, and for one input, by torch's own counter.
 
-    They are means over training tasks, 16 of them, evenly chosen, four inputs each, and end where the answers end.
+    They are means over training tasks, at most 16 of them, evenly chosen, four inputs each, and end where the answers end.
     """
     settings = read_json(place / "config.json")["run"]
     given = {"max_new_tokens": None, "precision": "fp32", "system": None, "tokenizer": None, "examples": None}
@@ -1764,7 +1774,12 @@ def add_comparison_options(command: Parser) -> None:
     start.add_argument("--start", help="with --data: the T5 that rows start from, a folder or a public name")
     start.add_argument("--size", choices=SIZES, help="with --data: fresh weights of this size, in place of --start")
     command.add_argument("--tokenizer", help="with --data: folder, file or public name; that of --start without it")
-    command.add_argument("--words", nargs=argparse.REMAINDER, default=[], help="with --data: more options of all rows")
+    command.add_argument(
+        "--words",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="with --data: more options of all rows, `pretrain` ones too",
+    )
 
 
 def add_answering_options(command: Parser) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import train
-from data import load_tasks, load_tokenizer, toy_world, vague, write_toy_world
+from data import TkInstructFormat, load_tasks, load_tokenizer, toy_world, vague, write_toy_world
 from hint import load_model
 
 SHORT = "--steps 2 --batch-size 4 --dropout 0 --precision fp32 --bottleneck 3 --prefix-length 2".split()
@@ -30,7 +31,7 @@ def compared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         out = tmp_path_factory.mktemp("compare")
-        train.main(["compare", "small", "--out", str(out), "--seeds", "5", "--jobs", "2"])
+        train.main(["compare", "main", "shots", "--out", str(out), "--seeds", "5", "--jobs", "2"])
     return out
 
 
@@ -38,8 +39,8 @@ def make_small(patch):
     more = "--max-instruction 64 --max-input 96 --max-target 8 --eval-every 1 --max-instances 2".split()
     patch.setattr(train, "TOY_WORDS", {"finetune": SHORT + more, "pretrain": [*SHORT, "--max-input", "16"]})
     patch.setattr(train, "TOY_FROZEN", ["--steps", "1"])
-    patch.setattr(train, "TABLES", {"small": ROWS})
-    patch.setattr(train, "SEEDS", {"small": [5]})
+    patch.setattr(train, "TABLES", {"main": ROWS, "shots": ["hint", "tk-instruct", "hint-vague"]})
+    patch.setattr(train, "SEEDS", {"main": [5], "shots": [5]})
     patch.setattr(train, "toy_world", lambda seed: shrunk(toy_world(seed, tasks=20, instances=2)))
 
 
@@ -50,7 +51,7 @@ def shrunk(world):
     )
 
 
-def test_rows_are_commands_that_start_from_one_another(compared):
+def test_rows_are_commands_that_start_from_one_another(compared, toy):
     for name in [*ROWS, "hint-caclm-text"]:
         first, *_ = Path(compared, name, "seed-5.log").read_text().splitlines()
         words = shlex.split(first)[3:]
@@ -60,19 +61,27 @@ def test_rows_are_commands_that_start_from_one_another(compared):
     assert starts["hint"] is None and starts["hyperformer++"].endswith("tk-instruct/seed-5")
     assert starts["hint-caclm"].endswith("hint-caclm-text/seed-5")
     assert load_model(compared / "hyperformer++" / "seed-5").config.tasks == 20
+    said = {
+        world: {task.definition for task in load_tasks(compared / world, "train")} for world in ("world-5", "vague-5")
+    }
+    assert said["vague-5"] == {task.definition for task in vague(train.toy_world(5)).train} != said["world-5"]
 
 
 def test_a_finished_row_is_not_trained_again(compared, toy, capsys, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a row is trained again"))
-    text = (compared / "small.md").read_text()
-    (compared / "small.md").unlink()
-    train.main(["compare", "small", "--out", str(compared)])
-    assert (compared / "small.md").read_text() == text and text in capsys.readouterr().out
+    names = ("main.md", "shots.md", "cost.md", "learning-curves.svg", "score-and-compute.svg")
+    texts = {name: (compared / name).read_text() for name in names}
+    for name in names:
+        (compared / name).unlink()
+    train.main(["compare", "main", "shots", "--out", str(compared)])
+    assert {name: (compared / name).read_text() for name in names} == texts
+    text = texts["main.md"]
+    assert text in capsys.readouterr().out
     assert "unseen arguments | unseen compositions" in text
     assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == [f"| {name}" for name in ROWS]
     monkeypatch.setattr(train, "TOY_FROZEN", ["--steps", "2"])
     with pytest.raises(SystemExit, match="is of a row with other options"):
-        train.main(["compare", "small", "--out", str(compared)])
+        train.main(["compare", "main", "--out", str(compared)])
 
 
 def test_a_row_s_result_is_what_its_files_say(compared):
@@ -90,23 +99,30 @@ def test_a_row_s_result_is_what_its_files_say(compared):
 
 
 def test_costs_are_told_at_the_median_lengths_of_the_training_tasks(compared):
-    text = train.costs_at_medians(compared / "hint" / "seed-5")
+    text = (compared / "cost.md").read_text()
     tasks, tokenizer = load_tasks(compared / "world-5", "train", 2), load_tokenizer(compared / "world-5")
-    lengths = sorted(len(tokenizer.encode(task.definition).ids) for task in tasks for _ in task.instances)
-    assert f"instruction {lengths[len(lengths) // 2]}," in text
+
+    def median(texts) -> int:
+        return sorted(len(tokenizer.encode(text).ids) for text in texts)[len(tasks)]  # two instances of each
+
+    instances = [(task, instance) for task in tasks for instance in task.instances]
+    t, i = median(task.definition for task, _ in instances), median(one.input for _, one in instances)
+    o = median(one.references[0] for _, one in instances)
+    whole = median("".join(TkInstructFormat(tokenizer).prompt(task, one)) for task, one in instances)
+    assert text.startswith(f"Median tokens: instruction {t}, input {i}, answer {o}; all in one input {whole}.\n")
     found = {row.split(" | ")[0]: row.split(" | ")[1:] for row in text.splitlines() if row.startswith("| ")}
     for name in ("| hint", "| tk-instruct", "| no-instruct"):
         formula, exact = (float(cell.strip(" |")) for cell in found[name])
         assert 0.5 < exact / formula < 2, "the two count different things, but not so different"
 
 
-def test_a_row_that_fails_is_named_and_the_others_are_stopped(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "TABLES", {"small": ROWS[1:3]})
+def test_a_row_that_fails_is_named(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "TABLES", {"main": ROWS[1:3]})
     monkeypatch.setattr(train, "TOY_FROZEN", ["--steps", "0"])
     with pytest.raises(SystemExit, match=r"hyperformer\+\+/seed-0.log: ended with status"):
-        train.main(["compare", "small", "--out", str(tmp_path), "--seeds", "0"])
+        train.main(["compare", "main", "--out", str(tmp_path), "--seeds", "0"])
     assert "must be a number of at least 1" in (tmp_path / "hyperformer++" / "seed-0.log").read_text()
-    assert (tmp_path / "tk-instruct" / "seed-0" / "result.json").exists() and not (tmp_path / "small.md").exists()
+    assert (tmp_path / "tk-instruct" / "seed-0" / "result.json").exists() and not (tmp_path / "main.md").exists()
 
 
 def test_rows_that_run_are_stopped_with_the_comparison(toy, tmp_path, monkeypatch):
@@ -123,7 +139,7 @@ def test_rows_that_run_are_stopped_with_the_comparison(toy, tmp_path, monkeypatc
     monkeypatch.setattr(subprocess, "Popen", Noted)
     monkeypatch.setattr(train.time, "sleep", interrupt)
     with pytest.raises(SystemExit) as end:
-        train.main(["compare", "small", "--out", str(tmp_path), "--seeds", "0", "--jobs", "2"])
+        train.main(["compare", "main", "--out", str(tmp_path), "--seeds", "0", "--jobs", "2"])
     assert end.value.code == 130 and len(started) == 2
     assert all(process.returncode not in (None, 0) for process in started), "none runs on, none has finished"
 
@@ -131,13 +147,52 @@ def test_rows_that_run_are_stopped_with_the_comparison(toy, tmp_path, monkeypatc
 def test_what_cannot_be_compared_is_refused_in_one_sentence(tmp_path):
     for words, message in (
         (["tables"], "no table is called tables"),
-        (["pretraining", "--data", "x"], "--corpus"),
+        (["pretraining", "--data", "x", "--size", "toy"], "--corpus"),
         (["main", "--data", str(tmp_path), "--jobs", "1", "--size", "toy"], "ended with status"),
         (["main", "--size", "toy"], "are for --data"),
-        (["vague", "--data", "x"], "is a table of the toy world"),
+        (["vague", "--data", "x", "--size", "toy"], "is a table of the toy world"),
+        (["main", "--data", "x"], "needs --start or --size"),
     ):
         with pytest.raises(SystemExit, match=message):
             train.main(["compare", *words[:1], "--out", str(tmp_path / "out"), "--seeds", "0", *words[1:]])
+
+
+def test_words_that_a_row_does_not_know_are_refused_before_any_row_is_trained(tmp_path, capsys):
+    """`pretrain` has no --max-target, but the rows that stand before it in the table have."""
+    words = ["--data", "x", "--size", "toy", "--corpus", "y", "--words", "--max-target", "9"]
+    with pytest.raises(SystemExit) as end:
+        train.main(["compare", "pretraining", "--out", str(tmp_path), *words])
+    assert end.value.code == 2 and "--max-target" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_results_become_cells_and_points():
+    """Two seeds of one row: means over both, costs of the first, and the end of the training as the last point."""
+    found = [
+        {"scores": {"overall": {"exact_match": e, "rougeL": 50.0}, "unseen arguments": {"exact_match": e + 1}},
+         "curve": [[1, c], [2, c + 2]], "steps": 3, "trained": 1234, "flops_once": 5 * 10**9, "flops_each": 10**9,
+         "seconds": s} for e, c, s in ((40.0, 10.0, 7), (60.0, 30.0, 9))
+    ]  # fmt: skip
+    assert train.curve(found) == [(1, 20), (2, 22), (3, 50)]
+    assert train.scores_by_flops({"hint": found, "hint-1": found[:1], "tk-instruct": found[1:]}) == {
+        "hint": [(105, 50), (105, 40)],
+        "tk-instruct": [(105, 60)],
+    }
+    head, _, row = train.table_text({"hint": found}).splitlines()
+    cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+    assert cells == {
+        "row": "hint", "unseen arguments": "51.0 (41.0 to 61.0)", "ROUGE-L": "50.0 (50.0 to 50.0)",
+        "at step 1": "20.0 (10.0 to 30.0)", "at step 2": "22.0 (12.0 to 32.0)", "numbers trained": "1,234",
+        "GFLOP for 100 inputs": "105", "seconds": "8",
+    }  # fmt: skip
+
+
+def test_an_answer_may_hold_any_letter(compared, tmp_path):
+    """U+2028 ends a line for Python's `splitlines`, not in JSON."""
+    copy = tmp_path / "copy"
+    shutil.copytree(compared / "hint" / "seed-5", copy)
+    path = copy / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "\u2028', 1))
+    assert train.result_of(copy, toy=True)["curve"] == train.result_of(compared / "hint" / "seed-5", toy=True)["curve"]
 
 
 def test_every_row_of_every_table_is_a_command_line_that_can_be_read(tmp_path):

@@ -183,6 +183,15 @@ def test_a_kept_task_answers_without_its_instruction(tmp_path):
     assert {tensor.device.type for tensor in tensors_of(found.to("meta"))} == {"meta"}
 
 
+def test_a_task_encoded_in_bf16_answers_in_fp32_once_it_is_read_back(tmp_path):
+    model = tiny_hint()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        task = model.encode_instruction(random_ids(1, 7))
+    task.save(tmp_path / "task.pt")
+    assert torch.bfloat16 in {tensor.dtype for tensor in tensors_of(task)}
+    assert model.generate(EncodedTask.load(tmp_path / "task.pt"), random_ids(3, 9), max_new_tokens=4).shape[0] == 3
+
+
 def test_a_file_that_is_no_task_is_refused_and_not_executed(tmp_path):
     path, proof = tmp_path / "task.pt", tmp_path / "it-ran"
 

@@ -688,13 +688,16 @@ def test_known_tasks_keep_their_answers_and_new_ones_have_those_of_their_rows(to
     assert tokenizer.decode(said[0].tolist()) == together["new-1-0"]
 
 
-def test_answers_with_packed_weights_are_those_without(tokenizer, monkeypatch):
-    """A Hyperformer has linear layers with biases; T5 has none."""
+def test_an_evaluation_packs_linear_layers_with_their_biases(tokenizer, monkeypatch):
+    """A Hyperformer has some; T5 has none."""
     model, prompts = fitting(tokenizer)
     packed = []
-    monkeypatch.setattr(
-        train.Answerer, "_rows", lambda self, task: [packed.append(self.model.encode_instruction(torch.tensor([[0]])))]
-    )
+
+    def encode(answerer, task):
+        assert not torch.backends.mkldnn.is_available() or any(isinstance(m, t5.PackedLinear) for m in model.modules())
+        packed.append(answerer.model.encode_instruction(torch.tensor([[0]])))
+
+    monkeypatch.setattr(train.Answerer, "_rows", encode)
     train.Answerer(model, prompts, 6, batch_size=2, precision="fp32").predictions(KNOWN[:1])
     plain = model.encode_instruction(torch.tensor([[0]]))
     for one, other in zip(tensors_of(packed[0].modules), tensors_of(plain.modules), strict=True):

@@ -209,6 +209,7 @@ def test_packed_weights_answer_alike_and_are_taken_away_again():
 def test_without_a_gradient_a_faster_routine_gives_the_same_product(monkeypatch, rows, has_bias, routine):
     """Which routine ran is seen in the operations that torch counts."""
     monkeypatch.setattr(t5, "WORTHWHILE", 1)
+    monkeypatch.setattr(t5, "WORTHWHILE_ONEDNN", 1)
     x, weight, bias = torch.randn(rows, 1, 6), torch.randn(8, 6), torch.randn(8) if has_bias else None
     wanted = torch.einsum("rtn,mn->rtm", x, weight) + (bias if has_bias else 0)
     with torch.no_grad(), flop_counter() as counter:
@@ -222,6 +223,15 @@ def test_without_a_gradient_a_faster_routine_gives_the_same_product(monkeypatch,
     torch.testing.assert_close(learned.grad, x.sum((0, 1)).expand(8, 6))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert t5.linear(x, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind, error", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-7.95)])
+def test_the_norm_has_its_statistics_in_fp32_or_better(kind, error):
+    """So bf16 states are rounded once, which is an error of at most 2^-8; a second one in the statistics would show."""
+    x, norm = torch.randn(3, 1000).to(kind), t5.RMSNorm(1000, 1e-6).to(kind)
+    wanted = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert norm(x).dtype == kind
+    torch.testing.assert_close(norm(x).double(), wanted, atol=0, rtol=error)
 
 
 def test_what_a_cache_keeps_lies_as_a_step_reads_it_after_rows_have_gone_too():
