@@ -23,6 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Callable, Iterator
 
+import numpy as np
 import torch
 from rouge_score import rouge_scorer
 from transformers import T5Config as TheirConfig
@@ -34,8 +35,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import train
-from hint import HINT, HINTConfig, PlainT5, flop_counter
-from t5 import EOS, SIZES, T5, Loss, Source, packed_weights
+from hint import (
+    HINT,
+    ExactFlops,
+    HINTConfig,
+    PlainT5,
+    flop_counter,
+    generated_numbers,
+    hint_flops,
+    t5_parameters,
+    tk_instruct_flops,
+)
+from t5 import EOS, SIZES, T5, Loss, Source, T5Config, packed_weights
 
 VOCABULARY = 32000  # random ids are drawn below it
 
@@ -185,16 +196,12 @@ def answering(size: str) -> None:
     torch.manual_seed(0)
     t5 = endless(T5(replace(SIZES[size], dropout_rate=0.0)))
     hint, plain = HINT(t5, HINTConfig()).eval(), PlainT5(t5).eval()
-    inputs = ids(100, 100)
+    inputs, ratios = ids(100, 100), {}
     header(
-        "tokens of instruction",
-        "HINT (s)",
-        "of it, reading the instruction",
-        "concatenated (s)",
-        "times as fast",
-        "by FLOPs",
-    )
-    for length in (0, 25, 50, 100, 200, 500, 1000):
+        "tokens of instruction", "new tokens", "HINT (s)", "of it, reading the instruction", "concatenated (s)",
+        "times as fast", "by FLOPs", "by the paper's formula",
+    )  # fmt: skip
+    for length, new in (*((length, 16) for length in (0, 25, 50, 100, 200, 500, 1000)), (200, 64), (200, 128)):
         instruction = ids(1, max(length, 1))
         read: list[float] = []
 
@@ -204,18 +211,31 @@ def answering(size: str) -> None:
                 task = hint.encode_instruction(instruction)
                 read.append(time.perf_counter() - began)
                 for part in inputs.split(25):
-                    hint.generate(task, part, max_new_tokens=16)
+                    hint.generate(task, part, max_new_tokens=new)
 
         def each_time() -> None:
             concatenated = torch.cat([instruction[:, :length].expand(100, -1), inputs], dim=1)
             with packed_weights(t5, 25):
                 for part in concatenated.split(25):
-                    plain.generate(None, part, max_new_tokens=16)
+                    plain.generate(None, part, max_new_tokens=new)
 
-        a, b = race(once, each_time, rounds=3)
-        reading = statistics.median(read[1:])  # without the warm-up
-        ratio = flops(each_time) / flops(once)
-        row(length, f"{a:.2f}", f"{reading:.2f}", f"{b:.2f}", f"{b / a:.1f}", f"{ratio:.1f}")
+        a, b = race(once, each_time, rounds=3 if new == 16 else 1)
+        if new == 16:
+            ratios[length] = b / a
+        counted = [f"{ratio:.1f}" for ratio in times_cheaper(t5.config, length, new)]
+        row(length, new, f"{a:.2f}", f"{statistics.median(read[1:]):.2f}", f"{b:.2f}", f"{b / a:.1f}", *counted)
+    crossing = np.interp(1, list(ratios.values()), list(ratios))
+    by_flops = next(t for t in range(1001) if times_cheaper(t5.config, t, 16)[0] >= 1)
+    print(f"\nHINT is faster from {crossing:.0f} tokens of instruction on; by FLOPs, from {by_flops}.")
+
+
+def times_cheaper(t5: T5Config, t: int, o: int, n: int = 100, i: int = 100) -> tuple[float, float]:
+    """FLOPs of Tk-Instruct over those of HINT: exactly, and by the paper's formulas."""
+    config = HINTConfig()
+    ours, plain = ExactFlops(t5, config.bottleneck, config.prefix_length), ExactFlops(t5)
+    N, p, H = t5_parameters(t5), generated_numbers(t5, config), ours.generate_modules(max(t, 1))
+    exact = plain.generate(n, t + i, o) / (ours.encode_instruction(max(t, 1)) + ours.generate(n, i, o, max(t, 1)))
+    return exact, tk_instruct_flops(n, i, t, o, N) / hint_flops(n, i, max(t, 1), o, N, H, p)
 
 
 def flops(runner: Callable[[], object]) -> int:
