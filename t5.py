@@ -148,9 +148,13 @@ class Adapter(NamedTuple):
     up_bias: Tensor  # [B or 1, 1, d]
 
     def __call__(self, u: Tensor) -> Tensor:  # [B, S, d]
-        down, up = (w[0] if len(w) == 1 else w for w in (self.down, self.up))  # one for all rows: one large product
-        hidden = F.gelu(u @ down + self.down_bias, approximate="tanh")  # [B, S, r]
-        return hidden @ up + self.up_bias  # [B, S, d]
+        hidden = F.gelu(_times(u, self.down) + self.down_bias, approximate="tanh")  # [B, S, r]
+        return _times(hidden, self.up) + self.up_bias  # [B, S, d]
+
+
+def _times(x: Tensor, weights: Tensor) -> Tensor:
+    """x [B, S, n] times weights [B or 1, n, m], of which one for all rows makes one large product."""
+    return linear(x, weights[0].T) if len(weights) == 1 else x @ weights
 
 
 class LoRA(NamedTuple):
@@ -725,7 +729,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     answers = not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype == torch.float32
     if not answers or work < WORTHWHILE or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    if x.numel() == x.shape[-1] and bias is None and len(weight) % 2 == 0:
+    if x.numel() == x.shape[-1] and bias is None and len(weight) % 2 == 0 and weight.is_contiguous():
         column = x.reshape(1, 1, -1).expand(2, -1, -1).mT  # [2, n, 1]
         return torch.bmm(weight.view(2, -1, x.shape[-1]), column).view(*x.shape[:-1], -1)
     if work >= WORTHWHILE_ONEDNN and torch.backends.mkldnn.is_available():
