@@ -1138,8 +1138,8 @@ TOY_FROZEN = ["--steps", "600"]  # beside the 2,000 of the T5 that it starts fro
 def compare(arguments: argparse.Namespace) -> None:
     """Train and score the rows of the paper's tables, on the toy world or on the data and model that are named.
 
-    Each row is a `finetune` (or `pretrain`) of its own, in a process of its own, and can be run again by the command that its log
-    begins with. A row that has its result is not trained again; one that was stopped goes on.
+    Each row is a `finetune` (or `pretrain`) of its own, in a process of its own, and can be run again by the command
+    that its log begins with. A row that has its result is not trained again; one that was stopped goes on.
     """
     check_comparison(arguments)
     rows = Rows(arguments)
@@ -1235,15 +1235,14 @@ class Rows:
         bar = tqdm(total=len(rows), initial=len(done), desc="rows", disable=not rows)
         try:
             while waiting or running:
-                seconds = {
-                    row: time.time() - began for row, (process, began) in running.items() if process.poll() is not None
-                }
-                for row, took in seconds.items():
-                    self._finish(*row, running.pop(row)[0].returncode, round(took))
+                now = time.time()
+                for row in [row for row, (process, _) in running.items() if process.poll() is not None]:
+                    process, began = running.pop(row)
+                    self._finish(*row, process.returncode, round(now - began))
                     done.add(row)
                     bar.update()
-                may_start = [row for row in waiting if self.start(row[0]) == "" or (self.start(row[0]), row[1]) in done]
-                for row in may_start[: self.given.jobs - len(running)]:
+                ready = [row for row in waiting if not self.start(row[0]) or (self.start(row[0]), row[1]) in done]
+                for row in ready[: self.given.jobs - len(running)]:
                     running[row] = self._begin(*row), time.time()
                     waiting.remove(row)
                 time.sleep(0.2)
