@@ -924,7 +924,7 @@ def _task(name: str, rule: Rule, draw: random.Random, kinds: list[str], instance
 
 
 def vague(world: ToyWorld) -> ToyWorld:
-    """The same tasks, but definitions say "what" in place of the argument ("..., followed by what."): examples tell it."""
+    """The same tasks; definitions say "what" in place of the argument ("..., followed by what."), which examples tell."""
 
     def without_argument(task: Task) -> Task:
         argument = world.rules[task.name].argument

@@ -180,7 +180,7 @@ class HINT(nn.Module):
 
     @torch.no_grad()
     def rank(self, task: EncodedTask, input_ids: Tensor, labels: Tensor, owners: Tensor) -> Tensor:
-        """Log-probabilities [N] of answers `labels` [N, T], each to the one of the inputs [B, S] that `owners` [N] says.
+        """Log-probabilities [N] of answers `labels` [N, T], each to that one of the inputs [B, S] that `owners` [N] says.
 
         So an input with many choices is encoded once.
         """
@@ -242,7 +242,7 @@ class PlainT5(nn.Module):
 
     @torch.no_grad()
     def rank(self, task: None, input_ids: Tensor, labels: Tensor, owners: Tensor) -> Tensor:
-        """Log-probabilities [N] of answers `labels` [N, T], each to the one of the inputs [B, S] that `owners` [N] says."""
+        """Log-probabilities [N] of answers `labels` [N, T] to those of the inputs [B, S] that `owners` [N] says."""
         return self.t5.log_probabilities(labels, [select_rows(self.t5.read(input_ids), owners)])
 
     def save_pretrained(

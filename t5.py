@@ -763,7 +763,7 @@ class PackedLinear(nn.Module):
 
 @contextmanager
 def packed_weights(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within it, the linear layers of a model on a CPU (a tied head is none) are packed for batches of about so many rows.
+    """Within it, linear layers of a model on a CPU (a tied head is none) are packed for batches of about so many rows.
 
     It takes a second copy of the weights, made once, so it pays where many answers follow. Not for training or
     saving. Does nothing for single rows, on a GPU, under autocast, or where torch has no oneDNN.

@@ -1276,7 +1276,7 @@ class Rows:
             )
 
     def _finish(self, name: str, seed: int, status: int, seconds: int) -> None:
-        """Write the result of a row whose process has ended; the seconds are those of its last part, if it was stopped."""
+        """Write the result of a row whose process has ended; of one that was stopped, the seconds of its last part."""
         place = self.folder(name, seed)
         if status:
             raise RunError(f"{place}.log: ended with status {status}; its end says why")
@@ -1311,7 +1311,7 @@ def result_of(place: Path, toy: bool) -> dict:
 def cost_of(place: Path) -> dict[str, int]:
     """Numbers that train; FLOPs of all products for one instruction, and for one input, by torch's own counter.
 
-    They are means over training tasks, at most 16 of them, evenly chosen, four inputs each, and end where the answers end.
+    They are means over at most 16 training tasks, evenly chosen, four inputs each, and end where the answers end.
     """
     settings = read_json(place / "config.json")["run"]
     given = {"max_new_tokens": None, "precision": "fp32", "system": None, "tokenizer": None, "examples": None}
