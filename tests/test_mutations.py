@@ -184,9 +184,12 @@ def read_encoded_task(path: Path) -> None:
 
 
 def resume(path: Path) -> None:
-    """One more step of the run that the file belongs to; of its log the whole lines of earlier steps stay."""
+    """One more step of the run that the file belongs to; of its log the whole lines of earlier steps stay.
+
+    A line of the last step without a loss is taken for its evaluation, which is made again.
+    """
     lines = (path.parent / "log.jsonl").read_text("utf-8", "replace").splitlines(keepends=True)
-    wanted = [entry for entry in map(entry_of, shallow(lines)) if entry and entry["step"] <= 3]
+    wanted = [entry for entry in map(entry_of, shallow(lines)) if entry and entry["step"] <= 3 - ("loss" not in entry)]
     command("pretrain", *PRETRAIN, "--start", path.parents[1] / "start", "--corpus", path.parents[1] / "c4-0.json.gz",
             "--out", path.parent, "--steps", 4, "--resume")  # fmt: skip
     *log, last = map(json.loads, shallow((path.parent / "log.jsonl").read_text("utf-8").splitlines()))
