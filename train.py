@@ -171,6 +171,9 @@ class Recipe:
     gradient_checkpointing: bool = option(
         False, "recompute each layer in the backward pass: more time, much less memory"
     )
+    compile: bool = option(
+        False, "compile the training pass (torch.compile): its steps are faster, but for the first, which takes minutes"
+    )
     shard: bool = option(
         False, "under torchrun: spread weights and gradients over the processes, where a GPU cannot hold all of them"
     )
@@ -355,7 +358,7 @@ class ShardedAdafactor(torch.optim.Adafactor):
 
 
 MAY_CHANGE = (  # when a run goes on: its length, and what leaves the gradient as it is, but for the draws of dropout
-    "steps", "microbatch", "gradient_checkpointing", "shard", "skip_bad_lines",
+    "steps", "microbatch", "gradient_checkpointing", "compile", "shard", "skip_bad_lines",
     "log_every", "save_every", "eval_every", "eval_batch_size",
 )  # fmt: skip
 
@@ -506,6 +509,8 @@ def train(
     gradient is not finite, before the optimizer has seen it.
     """
     device, context = device_and_precision(recipe.precision, keep_casts=not recipe.shard)
+    if recipe.compile:
+        model.compile(dynamic=True)  # microbatches differ in all their lengths
     trained = spread(model, recipe.shard, device)
     run.begin()
     write(run.out / "tokenizer.json", tokenizer.to_str())  # the folder must answer without any other

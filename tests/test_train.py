@@ -650,6 +650,22 @@ def test_gradient_checkpointing_is_asked_of_t5(tmp_path, sni, start, monkeypatch
     assert asked == [False, True]
 
 
+def test_a_compiled_pass_has_the_same_losses(tmp_path, sni, start, monkeypatch):
+    """The graphs that are handed to the compiler are only counted and run as they are: a real one takes minutes."""
+    graphs, real = [], torch.nn.Module.compile
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend=compiler, **how))
+    for name, words in {"plain": [], "compiled": ["--compile"]}.items():
+        finetune(sni, start, tmp_path / name, "--steps", 3, "--dropout", 0, "--system", "tk-instruct", *words)
+        assert bool(graphs) == (name == "compiled")
+    plain, compiled = ([entry["loss"] for entry in log_of(tmp_path / name)] for name in ("plain", "compiled"))
+    assert plain == pytest.approx(compiled, abs=1e-5) and len(plain) == 3
+
+
 def test_a_control_is_no_part_of_the_whole_and_is_told_nothing(tmp_path):
     row = {"id": "a", "task": "t", "references": ["yes"]}
     train.report({"seen": [{**row, "prediction": "yes"}]}, tmp_path, control={"blind": [{**row, "prediction": "no"}]})
