@@ -696,6 +696,7 @@ def test_an_evaluation_packs_linear_layers_with_their_biases(tokenizer, monkeypa
     def encode(answerer, task):
         assert not torch.backends.mkldnn.is_available() or any(isinstance(m, t5.PackedLinear) for m in model.modules())
         packed.append(answerer.model.encode_instruction(torch.tensor([[0]])))
+        return [{}]
 
     monkeypatch.setattr(train.Answerer, "_rows", encode)
     train.Answerer(model, prompts, 6, batch_size=2, precision="fp32").predictions(KNOWN[:1])
