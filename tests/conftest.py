@@ -5,14 +5,16 @@ import io
 import json
 import os
 import random
+from contextlib import contextmanager, redirect_stderr
+from itertools import count
 from pathlib import Path
+from typing import Callable, Iterable, Iterator
 
 import pytest
 import sentencepiece
 import torch
 from tokenizers import Tokenizer
 
-import train
 from data import Example, Instance, Task, load_tokenizer
 from hint import HINT, HINTConfig, load_model
 from t5 import T5, Adapter, KeyValue, LayerModules, Modules, T5Config
@@ -72,7 +74,7 @@ def random_modules(config: T5Config, batch: int, bottleneck: int = 5, prefix: in
 
     return Modules(
         encoder=tuple(LayerModules(adapter(), pair()) for _ in range(config.num_layers)),
-        decoder=tuple(LayerModules(adapter(), pair(), pair()) for _ in range(config.num_decoder_layers)),
+        decoder=tuple(LayerModules(adapter(), pair(), (pair(),)) for _ in range(config.num_decoder_layers)),
     )
 
 
@@ -165,45 +167,90 @@ def write_shards(folder, documents, shards=2):
 
 # ------------------------------------------------------------------------ runs on it
 
-TRAIN = Path(train.__file__)
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 FAST = "--batch-size 4 --microbatch 100 --log-every 1 --max-input 40 --precision fp32".split()
+SIZES = "--bottleneck 3 --prefix-length 2".split()
 
 
 @pytest.fixture
-def sni(tmp_path) -> Path:
-    """A data set of three tasks to train on and two others to be scored on."""
-    folder = tmp_path / "sni"
+def quick_disk(monkeypatch):
+    """Wait for no disk, where that is not what a test is about."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def make_sni(folder: Path) -> Path:
+    """A data set of three tasks to train on and two others, of one category, to be scored on."""
     folder.mkdir()
-    for name in ("train_1", "train_2", "train_3", "test_1", "test_2"):
-        write_task(folder, name)
-    for split in ("train", "test"):
-        names = [f"{split}_{n}" for n in range(1, 4) if (folder / "tasks" / f"{split}_{n}.json").exists()]
-        (folder / "splits" / "default" / f"{split}_tasks.txt").write_text("\n".join(names))
+    names = {"train": ["train_1", "train_2", "train_3"], "test": ["test_1", "test_2"]}
+    for name in names["train"] + names["test"]:
+        write_task(folder, name, Categories=["Summing Up"] if name in names["test"] else None)
+    for split in names:
+        (folder / "splits" / "default" / f"{split}_tasks.txt").write_text("\n".join(names[split]))
     return folder
 
 
-@pytest.fixture
-def start(tmp_path, spiece) -> Path:
+def make_start(folder: Path, spiece: Path) -> Path:
     """A tiny public T5: config, weights and spiece.model."""
-    folder = tmp_path / "public-t5"
+    torch.manual_seed(0)
     tiny_t5(vocab_size=300).save_pretrained(folder)
     (folder / "spiece.model").write_bytes(spiece.read_bytes())
     return folder
 
 
-def finetune(sni, start, out, *more):
-    run("finetune", "--data", sni, "--start", start, "--out", out, "--bottleneck", "3", "--prefix-length", "2",
-                "--max-target", "8", "--max-instruction", "40", *FAST, *more)  # fmt: skip
+@pytest.fixture
+def sni(tmp_path) -> Path:
+    return make_sni(tmp_path / "sni")
 
 
-def run(*words):
+@pytest.fixture
+def start(tmp_path, spiece) -> Path:
+    return make_start(tmp_path / "public-t5", spiece)
+
+
+def run(*words) -> None:
     """`python train.py ...` in this process."""
+    import train
+
     train.main([str(word) for word in words])
 
 
-def parsed(*words):
-    """The options of a command line."""
-    return train.parser().parse_args([str(word) for word in words])
+def finetune(sni, start, out, *more) -> None:
+    """Finetune with little work; the small sizes are those of a HINT, so another system keeps its own."""
+    sizes = () if {"--system", "--generator", "--modules"} & set(more) else SIZES
+    run("finetune", "--data", sni, "--start", start, "--out", out, "--max-target", 8, "--max-instruction", 40,
+        *sizes, *FAST, *more)  # fmt: skip
+
+
+def said(*words, by=run) -> tuple[int, str]:
+    """Run a command line in this process -> its exit status, and what it writes to standard error."""
+    with redirect_stderr(io.StringIO()) as text:
+        status = 0
+        try:
+            by(*words)
+        except SystemExit as end:
+            status = 1 if isinstance(end.code, str) else end.code
+            print(end.code if isinstance(end.code, str) else "", file=text)
+    return status, text.getvalue().strip()
+
+
+def refused(*words, status: int = 1, names: Iterable = (), by=run) -> str:
+    """Run a command line that must be refused in one sentence, which holds all of `names`."""
+    found, text = said(*words, by=by)
+    assert found == status and text.startswith("train.py") and len(text.splitlines()) == 1, text
+    assert all(str(name) in text for name in names), text
+    return text
+
+
+def settings(*words):
+    """The settings of a command line."""
+    import train
+
+    return train.settings_of([str(word) for word in words])
+
+
+def config_of(folder: Path) -> dict:
+    """The settings that a run or an evaluation has kept."""
+    return json.loads((folder / "config.json").read_text())["run"]
 
 
 def log_of(run: Path) -> list[dict]:
@@ -211,6 +258,58 @@ def log_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def losses_of(run: Path) -> list[tuple[int, float]]:
+    """Steps and losses in `log.jsonl`."""
+    return [(entry["step"], entry["loss"]) for entry in log_of(run) if "loss" in entry]
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The answers in `predictions.jsonl`."""
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").split("\n")[:-1]]
+
+
 def weights_of(folder):
     """All weights of a saved model."""
     return [parameter for _, parameter in load_model(folder).named_parameters()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a run, but for the name of its folder and for what the log says of time."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lines = [{**entry, "tokens_per_second": 0, "seconds": 0} for entry in log_of(folder)]
+    config = files["config.json"].replace(json.dumps(str(folder)).encode(), b"")
+    return {**files, "log.jsonl": json.dumps(lines).encode(), "config.json": config}
+
+
+def ends_as(one: Path, other: Path) -> None:
+    """Two runs left the same files with the same bytes: weights, optimizer, random state, log, scores."""
+    one, other = contents(one), contents(other)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+@contextmanager
+def before_call(number: int, action: Callable, owner: object = None, name: str = "accumulate_gradient") -> Iterator:
+    """Let `action()` go before the call of that number of a function, by default before the gradient of that step."""
+    import train
+
+    owner = owner or train
+    real, calls = getattr(owner, name), count(1)
+
+    def called(*arguments, **options):
+        if next(calls) == number:
+            action()
+        return real(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, called)
+        yield
+
+
+def raising(kind: type[BaseException], *arguments) -> Callable:
+    """An action that raises an error, a new one each time: an old one would keep its run, and the lock, alive."""
+
+    def fail(*_, **__) -> None:
+        raise kind(*arguments)
+
+    return fail

@@ -2,596 +2,422 @@
 
 import gzip
 import json
-import math
 import os
-import pickle
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Iterator, NamedTuple
 
 import pytest
 import torch
 from conftest import (
-    FAST,
-    SHARED,
-    TASK,
-    TRAIN,
-    finetune,
-    log_of,
-    needs_shared,
-    parsed,
-    run,
-    tiny_hint,
-    tiny_t5,
-    weights_of,
-    write_prompted,
-    write_shards,
-)
+    FAST, SHARED, SIZES, TRAIN, before_call, config_of, ends_as, finetune, log_of, losses_of, make_sni, make_start,
+    needs_shared, raising, refused, rows_of, run, said, settings, tiny_t5, weights_of, write_prompted, write_shards, write_task,
+)  # fmt: skip
 
 import t5
 import train
-from data import NO_LABEL, HINTFormat, Ids, Instance, Task, load_tasks, pad, toy_tokenizer
-from hint import HINT, PlainT5, load_model
-from t5 import T5, T5Config
+from data import (
+    NO_LABEL, Example, HINTFormat, Instance, NoInstructFormat, Task, TkInstructFormat, ToyWorld, load_tasks, load_tokenizer, pad, score,
+    toy_tokenizer, toy_world,
+)  # fmt: skip
+from hint import HINT, HINTConfig, load_model
+from t5 import T5
+
+pytestmark = pytest.mark.usefixtures("quick_disk")
+NO_DROPOUT = "--dropout 0 --generator-dropout 0".split()
+LONGER = "--max-instruction", 120  # with examples
 
 
-def command_line(*words, **settings) -> subprocess.CompletedProcess:
-    """`python train.py ...` in a process of its own."""
-    return subprocess.run([sys.executable, str(TRAIN), *map(str, words)], capture_output=True, text=True, **settings)
+class Small(NamedTuple):
+    """Small data that tests read and do not change."""
+
+    sni: Path
+    start: Path  # a public T5
+    run: Path  # a HINT trained for three steps with one example
+    shards: list[Path]
 
 
-# ------------------------------------------------------------------------ runs
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, spiece) -> Small:
+    folder = tmp_path_factory.mktemp("small")
+    sni, start = make_sni(folder / "sni"), make_start(folder / "t5", spiece)
+    finetune(sni, start, folder / "run", "--steps", 3, "--examples", 1, "--eval-every", 2, *NO_DROPOUT, *LONGER)
+    return Small(sni, start, folder / "run", write_shards(folder, 300))
 
 
-@pytest.mark.parametrize("system, kind", [("hint", HINT), ("tk-instruct", PlainT5), ("no-instruct", PlainT5)])
-def test_finetune_evaluate_and_predict_work_on_each_other_s_folders(tmp_path, sni, start, system, kind, capsys):
-    out = tmp_path / "run"
-    finetune(sni, start, out, "--system", system, "--steps", 3, "--examples", 1, "--eval-every", 2)
-    assert {path.name for path in out.iterdir()} == {
-        "config.json", "log.jsonl", "metrics.json", "model.safetensors", "predictions.jsonl", "tokenizer.json", "training-3.pt",
-    }  # fmt: skip
-    assert isinstance(load_model(out), kind)
-    steps = [entry for entry in log_of(out) if "loss" in entry]
-    assert [entry["step"] for entry in steps] == [1, 2, 3] and all(entry["tokens_per_second"] > 0 for entry in steps)
-    assert [entry["step"] for entry in log_of(out) if "rougeL" in entry] == [2]
-    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 10 and set(rows[0]) == {"id", "task", "prediction", "references"}
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics) == {"test_1", "test_2", "overall"} and set(metrics["overall"]) == {"exact_match", "rougeL"}
-    assert "overall" in capsys.readouterr().out
-
-    run("evaluate", "--model", out, "--data", sni, "--out", tmp_path / "again", "--eval-batch-size", 3)
-    assert (tmp_path / "again" / "predictions.jsonl").read_text() == (out / "predictions.jsonl").read_text()
+def answers_of(capsys, *words) -> list[str]:
+    """The lines that `predict` prints."""
     capsys.readouterr()
-    run("predict", "--model", out, "--instruction", "Say it.", "in 0", "in 1", "in 2")
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    run("predict", *words)
+    return capsys.readouterr().out.splitlines()
 
 
-def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, sni, start):
-    shards, out = write_shards(tmp_path, 300), tmp_path / "pre"
-    run("pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 60, "--learning-rate", 0.02, "--bottleneck", 3,
-                "--prefix-length", 2, *FAST, "--batch-size", 16, "--microbatch", 1000, "--log-every", 20)  # fmt: skip
-    losses = [entry["loss"] for entry in log_of(out)]
+def scored(rows: list[dict]) -> dict[str, float]:
+    return score([row["prediction"] for row in rows], [row["references"] for row in rows])
+
+
+# ------------------------------------------------------------------------ runs and their folders
+
+
+def test_a_run_leaves_model_log_scores_and_answers_and_nothing_else(small):
+    names = "config.json lock log.jsonl metrics.json model.safetensors predictions.jsonl tokenizer.json training-3.safetensors"
+    assert {path.name for path in small.run.iterdir()} == set(names.split())
+    steps = [entry for entry in log_of(small.run) if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3] and {entry["learning_rate"] for entry in steps} == {1e-3}
+    assert all(entry["tokens_per_second"] > 0 and entry["seconds"] >= 0 for entry in steps)
+    assert [entry["step"] for entry in log_of(small.run) if "rougeL" in entry] == [2]
+    rows = rows_of(small.run)
+    assert len(rows) == 10 and all(set(row) == {"id", "task", "prediction", "references"} for row in rows)
+    assert rows[7]["id"] == "test_2-2" and rows[7]["task"] == "test_2" and rows[7]["references"] == ["out 2", "other"]
+    assert train.Settings.from_json({"run": config_of(small.run)}) == settings(
+        "finetune", "--data", small.sni, "--start", small.start, "--out", small.run, "--max-target", 8,
+        *LONGER, *SIZES, *FAST, "--steps", 3, "--examples", 1, "--eval-every", 2, *NO_DROPOUT,
+    )  # fmt: skip
+
+
+SIZES_OF = {"hint": SIZES, "tk-instruct": [], "no-instruct": [], "tk-instruct+peft": SIZES, "hypertune": SIZES[2:]}
+
+
+@pytest.mark.parametrize("system", train.SYSTEMS)
+def test_every_system_trains_goes_on_and_answers_from_its_folder(tmp_path, small, monkeypatch, system):
+    """Stopped in step 3 and gone on with, it has all bytes of a run that never stopped; frozen weights never change."""
+    monkeypatch.setattr(train, "FIT_STEPS", 8)
+    sizes = SIZES_OF.get(system, SIZES[:2])
+    options = ["--system", system, *sizes, *"--steps 3 --save-every 2 --examples 1 --dropout 0.1 --max-instances 2".split()]
+    finetune(small.sni, small.start, tmp_path / "whole", *options)
+    words = small.sni, small.start, tmp_path / "halves", *options
+    with before_call(3, raising(MemoryError)):
+        assert said(*words, by=finetune)[0] == 1
+    assert (tmp_path / "halves" / "training-2.safetensors").is_file()
+    finetune(*words, "--resume")
+    ends_as(tmp_path / "whole", tmp_path / "halves")
+
+    run("evaluate", "--model", tmp_path / "whole", "--data", small.sni, "--out", tmp_path / "again", "--max-instances", 2)
+    assert rows_of(tmp_path / "again") == rows_of(tmp_path / "whole") and len(rows_of(tmp_path / "again")) == 4
+    assert config_of(tmp_path / "again")["system"] == system
+
+    model, preset = load_model(tmp_path / "whole"), train.SYSTEMS[system].hypernetwork
+    if preset is not None:
+        sizes = {name: value for name, value in (("bottleneck", 3), ("prefix_length", 2)) if f"--{name}".replace("_", "-") in sizes}
+        tasks = 3 if preset.get("hyperencoder") == "table" else 0
+        assert model.config == HINTConfig(**{**preset, **sizes, "tasks": tasks})
+    trained, public = dict(model.t5.named_parameters()), dict(T5.from_pretrained(small.start).named_parameters())
+    changed = {name for name in public if not torch.equal(public[name], trained[name])}
+    norms, trains = {name for name in public if "norm" in name}, "all" if preset is None else model.config.trains
+    assert changed == {"all": {*public}, "hypernetwork": set(), "hypernetwork+norms": norms}[trains]
+
+
+def test_pretraining_lowers_the_loss_and_its_model_can_be_finetuned(tmp_path, small):
+    out, fine = tmp_path / "pre", tmp_path / "fine"
+    run("pretrain", "--start", small.start, "--corpus", *small.shards, "--out", out, "--steps", 30, *SIZES, *FAST,
+        "--learning-rate", 0.03, "--batch-size", 16, "--microbatch", 1000, "--log-every", 10)  # fmt: skip
+    losses = [loss for _, loss in losses_of(out)]
     assert losses[-1] < losses[0] - 0.5, "the text has few words: learning them alone lowers the loss by more"
-    run("finetune", "--data", sni, "--start", out, "--out", tmp_path / "fine", "--steps", 1, *FAST)
-    fine = HINT.from_pretrained(tmp_path / "fine")
-    assert (fine.config.bottleneck, fine.config.prefix_length) == (3, 2)
-    drift = (fine.t5.shared.weight - HINT.from_pretrained(out).t5.shared.weight).abs().max()
+    run("finetune", "--data", small.sni, "--start", out, "--out", fine, "--steps", 1, *FAST)
+    model = HINT.from_pretrained(fine)
+    assert (model.config.bottleneck, model.config.prefix_length) == (3, 2), "the start's sizes stay"
+    drift = (model.t5.shared.weight - HINT.from_pretrained(out).t5.shared.weight).abs().max()
     assert 0 < drift < 0.1, "finetuning must begin at the pretrained weights"
 
 
-def test_the_objective_of_pretraining_acts_and_is_kept(tmp_path, start):
-    words = ("pretrain", "--start", start, "--corpus", *write_shards(tmp_path, 300), "--steps", 2,
-             "--bottleneck", 3, "--prefix-length", 2, *FAST)  # fmt: skip
-    run(*words, "--out", tmp_path / "hint")
-    run(*words, "--out", tmp_path / "caclm", "--objective", "caclm")
-    assert log_of(tmp_path / "hint")[0]["loss"] != log_of(tmp_path / "caclm")[0]["loss"]
-    assert settings_kept(tmp_path / "caclm")["objective"] == "caclm"
-    with pytest.raises(SystemExit, match="had objective 'caclm'"):
-        run(*words, "--out", tmp_path / "caclm", "--resume")
+def test_a_resumed_pretraining_goes_on_in_the_text_and_its_objective_acts(tmp_path, small):
+    """The text of step 5 lies after that of the checkpoint, so a run that read from the beginning would end otherwise."""
+    words = ("pretrain", "--start", small.start, "--corpus", *small.shards, "--steps", 5, "--save-every", 2,
+             "--prefix-length", 2, "--system", "hypertune", *FAST, "--out")  # fmt: skip
+    run(*words, tmp_path / "hint")
+    run(*words, tmp_path / "whole", "--objective", "caclm")
+    assert losses_of(tmp_path / "hint")[0] != losses_of(tmp_path / "whole")[0]
+    with before_call(4, raising(MemoryError)):
+        said(*words, tmp_path / "halves", "--objective", "caclm")
+    refused(*words, tmp_path / "halves", "--resume", names=["objective", "caclm"])
+    run(*words, tmp_path / "halves", "--objective", "caclm", "--resume")
+    ends_as(tmp_path / "whole", tmp_path / "halves")
 
 
-def settings_kept(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())["run"]
+def test_a_bad_line_of_a_shard_is_named_or_skipped_as_asked(tmp_path, small):
+    """It stands after the first 128 texts, so a run has begun when it comes. What follows is the text without it."""
+    good, bad = tmp_path / "good.json.gz", tmp_path / "bad.jsonl"  # a corpus need not be compressed
+    lines = gzip.decompress(write_shards(tmp_path, 150, shards=1)[0].read_bytes()).splitlines(keepends=True)
+    good.write_bytes(gzip.compress(b"".join(lines)))
+    bad.write_bytes(b"".join([*lines[:140], b'{"text": \n', *lines[140:]]))
+    words = ("pretrain", "--start", small.start, "--steps", 6, "--save-every", 1, *SIZES, *FAST)
+    words = (*words, "--batch-size", 30, "--microbatch", 3000)
+    run(*words, "--corpus", good, "--out", tmp_path / "good")
+    status, text = said(*words, "--corpus", bad, "--out", tmp_path / "bad")
+    assert status == 1 and f"{bad}: line 141" in text.splitlines()[-1] and 0 < log_of(tmp_path / "bad")[-1]["step"] < 6
+    status, text = said(*words, "--corpus", bad, "--out", tmp_path / "bad", "--skip-bad-lines", "--resume")
+    assert status == 0 and f"1; the first: {bad}: line 141" in text, "the shard is read often, and its line counted once"
+    assert losses_of(tmp_path / "bad") == losses_of(tmp_path / "good")
+    assert all(map(torch.equal, weights_of(tmp_path / "good"), weights_of(tmp_path / "bad")))
 
 
-@pytest.mark.parametrize("system", ["hint", "no-instruct"])
-def test_prompted_examples_train_and_their_choices_are_ranked(tmp_path, start, system):
-    """In both settings; an evaluation gives the answers that the same model gives when it is asked for each alone."""
+@pytest.mark.parametrize("system, prompts", [("hint", HINTFormat), ("no-instruct", NoInstructFormat)])
+def test_prompted_examples_train_and_their_choices_are_ranked(tmp_path, small, system, prompts):
+    """In both settings, an evaluation gives the choice that is the most probable one when each is scored alone."""
     p3, losses = write_prompted(write_prompted(tmp_path / "p3"), "test"), []
     for setting in ("split", "joint"):
         out, again = tmp_path / setting, tmp_path / f"{setting}-again"
-        finetune(p3, start, out, "--steps", 1, "--system", system, "--setting", setting, "--dropout", 0)
-        losses.append(log_of(out)[0]["loss"])
+        words = "--system", system, *SIZES_OF[system], "--setting", setting
+        finetune(p3, small.start, out, "--steps", 1, "--dropout", 0, *words)
+        losses += losses_of(out)
         run("evaluate", "--model", out, "--data", p3, "--eval-batch-size", 3, "--out", again)  # it knows its setting
-        assert settings_kept(out)["setting"] == settings_kept(again)["setting"] == setting
-        text = (again / "predictions.jsonl").read_text()
-        assert text == (out / "predictions.jsonl").read_text()
-        rows = {row["id"]: row for row in map(json.loads, text.splitlines())}
+        assert config_of(out)["setting"] == config_of(again)["setting"] == setting and rows_of(again) == rows_of(out)
+        rows = {row["id"]: row for row in rows_of(out)}
         assert list(rows) == ["rte-1", "mine", "rte-2", "xsum-4"]
-        answerer = train.answerer_of(parsed("predict", "--model", out, "--instruction", ""))
-        for task in load_tasks(p3, "test", joint=setting == "joint")[:2]:
-            assert [rows[i.id]["prediction"] for i in task.instances] == best_of_each(answerer, task)
-        right = [row["prediction"] in row["references"] for row in rows.values() if row["task"] == "rte"]
-        metrics = json.loads((again / "metrics.json").read_text())
-        assert metrics["rte"]["exact_match"] == pytest.approx(100 * sum(right) / 3) and len(metrics) == 3
+        tasks, metrics = load_tasks(p3, "test", joint=setting == "joint"), json.loads((again / "metrics.json").read_text())
+        for task in tasks:
+            best = answers_one_by_one(load_model(out), prompts(load_tokenizer(out), 0, 40, 40), task)
+            assert [rows[instance.id]["prediction"] for instance in task.instances] == best
+            assert metrics[task.name] == scored([row for row in rows.values() if row["task"] == task.name])
+            (name,) = [name for name in metrics if name.startswith(f"{task.name}: ") and task.definition.strip() in name]
+            assert metrics[name] == scored([rows[instance.id] for instance in task.instances]), "each template's own"
+        assert len(metrics) == 2 + 3 + 1
     assert losses[0] != losses[1]
 
 
-def best_of_each(answerer: train.Answerer, task: Task) -> list[str]:
-    """The choices of a task that are the most probable ones, each pair of input and choice in a pass of its own."""
+def answers_one_by_one(model: HINT, prompts, task: Task) -> list[str]:
+    """Answers to a task's instances: the most probable choices, each scored in a pass of its own, or free answers."""
     best, first = [], torch.tensor([0])
     with torch.no_grad():
-        for (instruction, ids), instance in zip(answerer.prompts(task), task.instances, strict=True):
-            encoded = answerer.model.encode_instruction(torch.tensor([instruction]))
-            targets = [answerer.prompts.tokenizer.encode(choice).ids for choice in instance.choices]
-            ranks = [answerer.model.rank(encoded, pad([ids], 0), pad([t], NO_LABEL), first).item() for t in targets]
-            best.append(instance.choices[ranks.index(max(ranks))])
+        for (instruction, ids), instance in zip(prompts(task), task.instances, strict=True):
+            encoded, source = model.encode_instruction(torch.tensor([instruction])), torch.tensor([ids])
+            targets = [prompts.tokenizer.encode(choice).ids for choice in instance.choices]
+            ranks = [model.rank(encoded, source, pad([target], NO_LABEL), first).item() for target in targets]
+            free = prompts.tokenizer.decode(model.generate(encoded, source, max_new_tokens=8)[0].tolist())
+            best.append(instance.choices[ranks.index(max(ranks))] if ranks else free)
     return best
 
 
-def test_the_demo_shows_scores_answers_and_its_folder(tmp_path, monkeypatch, capsys):
-    """The demo's own command, with fewer steps."""
-    monkeypatch.setattr(train, "DEMO", replace(train.DEMO, steps=3, save_every=3))
-    run("demo", "--out", tmp_path / "demo")
-    text = capsys.readouterr().out
-    for expected in (
-        "unseen arguments",
-        "unseen compositions",
-        "no instruction",
-        "exact match",
-        "ROUGE-L",
-        "wrong:",
-        str(tmp_path / "demo"),
-    ):
-        assert expected in text
-    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
-    assert {"unseen arguments", "unseen compositions", "unseen compositions, no instruction"} <= set(metrics)
-    shown = text.strip().splitlines()[-1]  # the command that the demo tells its user to type
-    assert shown.strip().startswith("python train.py predict")
-    done = subprocess.run(
-        shown.replace("python train.py", f"{sys.executable} {TRAIN}"), shell=True, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 1, done.stderr
+def test_scores_are_those_of_each_task_of_each_category_and_of_all_rows(tmp_path, small):
+    """Three answers of one task are right, because the references are what the model says; no other answer is."""
+    sni = make_sni(tmp_path / "sni")
+    path = sni / "tasks" / "test_1.json"
+    content = json.loads(path.read_text())
+    for instance, row in zip(content["Instances"][:3], rows_of(small.run)):
+        instance["output"] = ["never", row["prediction"]]
+    path.write_text(json.dumps(content))
+    run("evaluate", "--model", small.run, "--data", sni, "--out", tmp_path / "out", "--max-instances", 4)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    exact = {name: scores["exact_match"] for name, scores in metrics.items()}
+    assert exact == {"test_1": 75, "test_2": 0, "category Summing Up": 37.5, "overall": 37.5}
+    assert metrics["overall"] == scored(rows_of(tmp_path / "out"))
 
 
-def test_finetuning_sees_the_training_split_alone(tmp_path, sni, start, monkeypatch):
-    seen, real = [], train.encode_tasks
-    monkeypatch.setattr(
-        train, "encode_tasks", lambda tasks, *rest: (seen.extend(t.name for t in tasks), real(tasks, *rest))[1]
-    )
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    assert seen == ["train_1", "train_2", "train_3"]
-    rows = (tmp_path / "run" / "predictions.jsonl").read_text()
-    assert "test_1" in rows and "test_2" in rows and "train" not in rows
+def test_the_demo_shows_scores_and_answers_and_its_last_line_can_be_typed(tmp_path, monkeypatch, capsys):
+    """The demo's own settings, but for fewer steps. Without --out, it takes the first free folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/demo").mkdir(parents=True)
+    monkeypatch.setattr(train, "toy_world", lambda seed: ToyWorld(*(part[:9] for part in toy_world(seed, tasks=50)[:3]), {}))
+    train.demo(replace(settings("demo"), steps=2, warmup=1))
+    shown, out = capsys.readouterr().out.strip(), Path("runs/demo-2")
+    metrics = json.loads((out / "metrics.json").read_text())
+    groups = {f"unseen {what}{how}" for what in ("arguments", "compositions") for how in ("", ", no instruction")}
+    assert set(metrics) == groups | {"overall"} and all(name in shown for name in metrics)
+    assert len(rows_of(out)) == 2 * 9 * 4, "the control is no part of the answers"
+    python, script, command, *words = shlex.split(shown.splitlines()[-1])
+    assert (python, script, command) == ("python", "train.py", "predict") and len(answers_of(capsys, *words)) == 1
 
 
-def test_an_evaluation_on_the_way_changes_nothing(tmp_path, sni, start):
+# ------------------------------------------------------------------------ runs that go on
+
+
+def test_what_has_no_part_in_the_gradient_may_change_when_a_run_goes_on_and_nothing_else(tmp_path, small):
+    """As after a message that the memory is full. A run that has no checkpoint begins."""
+    words = small.sni, small.start, tmp_path / "run", "--dropout", 0, "--steps"
+    finetune(*words, 1, "--resume")
+    for name, value in (("--learning-rate", 0.5), ("--batch-size", 5), ("--seed", 1), ("--max-target", 9)):
+        refused(*words, 3, "--resume", name, value, by=finetune, names=[tmp_path / "run", name[2:].replace("-", "_")])
+    finetune(*words, 3, "--resume", "--microbatch", 1, "--save-every", 1, "--gradient-checkpointing", "--eval-batch-size", 2)
+    assert [step for step, _ in losses_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_an_evaluation_on_the_way_changes_nothing(tmp_path, small):
     """Dropout must act again after it, and no random number may be used up; there is none at the last step."""
     for name, more in (("plain", ()), ("evaluated", ("--eval-every", 1))):
-        finetune(sni, start, tmp_path / name, "--steps", 3, "--dropout", 0.3, *more)
-    losses = [
-        [entry["loss"] for entry in log_of(tmp_path / name) if "loss" in entry] for name in ("plain", "evaluated")
-    ]
-    assert losses[0] == losses[1]
+        finetune(small.sni, small.start, tmp_path / name, "--steps", 3, "--dropout", 0.3, *more)
+    assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "evaluated")
     assert [entry["step"] for entry in log_of(tmp_path / "evaluated") if "rougeL" in entry] == [1, 2]
 
 
-def test_two_runs_of_one_seed_are_equal_and_another_seed_is_not(tmp_path, sni, start):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        finetune(sni, start, tmp_path / name, "--steps", 3, "--seed", seed)
-    losses = {name: [entry["loss"] for entry in log_of(tmp_path / name)] for name in "abc"}
-    assert losses["a"] == losses["b"] != losses["c"]
+OTHER_KIND = {"--bottleneck 4": "bottleneck", "--prefix-length 3": "prefix_length", "--no-fusion": "fusion", "--system tk-instruct": "tk-instruct",
+              "--system hypter": "hypernetwork", "--modules lora": "modules", "--generator pooled": "generator", "--trains hypernetwork": "trains",
+              "--hyperencoder own": "hyperencoder"}  # fmt: skip
 
 
-def test_a_resumed_run_ends_as_one_that_never_stopped(tmp_path, sni, start, monkeypatch):
-    """Stopped by an error in the middle of step 5, after the checkpoint of step 4: same weights, same log."""
-    options = (
-        "--steps",
-        7,
-        "--save-every",
-        2,
-        "--dropout",
-        0.2,
-        "--log-every",
-        3,
-    )  # logged steps and checkpoints differ
-    finetune(sni, start, tmp_path / "whole", *options)
-    real, calls = train.accumulate_gradient, []
-
-    def stop_in_step_5(*arguments):
-        calls.append(1)
-        if len(calls) == 5:
-            raise MemoryError("stopped")
-        return real(*arguments)
-
-    monkeypatch.setattr(train, "accumulate_gradient", stop_in_step_5)
-    with pytest.raises(MemoryError):
-        finetune(sni, start, tmp_path / "halves", *options)
-    monkeypatch.setattr(train, "accumulate_gradient", real)
-    with open(tmp_path / "halves" / "log.jsonl", "a") as log:
-        log.write('{"step": 5, "loss": 9}\n{"step": 6, "lo')  # killed after the checkpoint, while it wrote a line
-    assert (tmp_path / "halves" / "training-4.pt").is_file()
-    finetune(sni, start, tmp_path / "halves", *options, "--resume")
-    one, other = (weights_of(tmp_path / name) for name in ("whole", "halves"))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    losses = [[(entry["step"], entry["loss"]) for entry in log_of(tmp_path / name)] for name in ("whole", "halves")]
-    assert losses[0] == losses[1] and [step for step, _ in losses[0]] == [3, 6, 7]
+def test_a_start_keeps_its_hypernetwork_and_may_change_its_dropout(tmp_path, small):
+    words = "finetune", "--data", small.sni, "--start", small.run, "--out", tmp_path / "two", "--steps", 1, *FAST
+    for more, name in OTHER_KIND.items():
+        refused(*words, *more.split(), names=[small.run, name])
+    assert not (tmp_path / "two").exists()
+    run(*words, "--generator-dropout", 0.4)
+    assert HINT.from_pretrained(tmp_path / "two").config == replace(load_model(small.run).config, generator_dropout=0.4)
 
 
-def test_a_resumed_pretraining_goes_on_in_the_text(tmp_path, start, monkeypatch):
-    shards = write_shards(tmp_path, 300)
+def test_embeddings_are_those_of_the_tasks_that_they_were_trained_for(tmp_path, sni, small, monkeypatch):
+    """As many tasks under other names are refused: row 0 would be another task's. Known tasks need no example."""
+    monkeypatch.setattr(train, "FIT_STEPS", 2)
+    one, system = tmp_path / "one", ("--system", "hyperformer++", "--examples", 1)
+    finetune(sni, small.start, one, "--steps", 1, *system)
+    evaluate = "evaluate", "--model", one, "--data", sni, "--examples", 0, "--out", tmp_path / "known"
+    refused(*evaluate, names=["test_1", "--examples"])
+    run(*evaluate, "--split", "train")
+    assert len(rows_of(tmp_path / "known")) == 15
+    refused("predict", "--model", one, "--instruction", "x", "y", names=[one])
+    split = sni / "splits" / "default" / "train_tasks.txt"
+    split.write_text("\n".join(reversed(split.read_text().split())))
+    refused(sni, one, tmp_path / "two", *system, by=finetune, names=[one])
+    refused(sni, small.start, one, "--steps", 2, *system, "--resume", by=finetune, names=[one, "tasks"])
+    config = json.loads((one / "config.json").read_text())
+    for change in ({"tasks": ["train_1"]}, {"tasks": []}, {"system": "hint"}):
+        (one / "config.json").write_text(json.dumps({**config, "run": {**config["run"], **change}}))
+        refused(*evaluate, names=[one])
 
-    def pretrain(out, *more):
-        run("pretrain", "--start", start, "--corpus", *shards, "--out", out, "--steps", 5, "--save-every", 2,
-                    "--bottleneck", 3, "--prefix-length", 2, *FAST, *more)  # fmt: skip
 
-    pretrain(tmp_path / "whole")
+# ------------------------------------------------------------------------ evaluate and predict
+
+
+def test_an_evaluation_made_again_replaces_its_own_files_and_touches_no_others(tmp_path, small):
+    out = tmp_path / "scores"
+    words = "evaluate", "--model", small.run, "--data", small.sni, "--out", out
+    run(*words, "--max-instances", 1)
+    assert len(rows_of(out)) == 2
+    run(*words, "--max-instances", 3)
+    assert len(rows_of(out)) == 6 and config_of(out)["max_instances"] == 3
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json", "predictions.jsonl"}
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for folder in (out, small.run, small.start) for path in folder.iterdir()}
+    for folder in (out, small.run, small.start, out / "notes.txt"):
+        refused(*words[:-1], folder, names=[folder])
+    assert {path: path.read_bytes() for folder in (out, small.run, small.start) for path in folder.iterdir()} == before
+
+
+def test_a_public_t5_reads_as_tk_instruct_unless_told_otherwise(small, capsys):
+    """Both formats must be able to give the answer, and give different ones."""
+    tokenizer, model = load_tokenizer(small.start), T5.from_pretrained(small.start)
+    task, wanted = Task("", "Give the book", (), (Instance("", "the cat and the dog", ()),)), []
+    for prompts in (TkInstructFormat(tokenizer), NoInstructFormat(tokenizer)):
+        ids = model.generate(torch.tensor([prompts(task)[0][1]]), max_new_tokens=6)
+        wanted += tokenizer.decode_batch(ids.tolist())
+    words = "--model", small.start, "--max-new-tokens", 6, "--instruction", "Give the book", "the cat and the dog"
+    assert answers_of(capsys, *words) == wanted[:1] != wanted[1:]
+    assert answers_of(capsys, *words, "--system", "tk-instruct") == wanted[:1]
+    assert answers_of(capsys, *words, "--system", "no-instruct") == wanted[1:]
+    refused("predict", *words, "--system", "hint", names=[small.start])
+
+
+def test_tasks_are_kept_and_used_again_by_the_model_that_encoded_them(tmp_path, small, capsys):
+    """A kept task gives the answers of its own instruction and examples, which are not those of another."""
+    model, kept, out = ("--model", small.run), tmp_path / "a.task", tmp_path / "answers.txt"
+    texts, told = ["the cat", "please give me the book", "dog"], ("--instruction", "Say it")
+    shown = (*told, "--example", "in 1", "out 1", "--example", "in 2", "out 2")
+    answers = answers_of(capsys, *model, *shown, "--save-task", kept, *texts)
+    assert len(answers) == 3 and answers_of(capsys, *model, "--task", kept, *texts) == answers
+    prompts = HINTFormat(load_tokenizer(small.run), 2, 120, 40)
+    ids = prompts.instruction_ids(Task("", "Say it", (Example("in 1", "out 1"), Example("in 2", "out 2")), ()))
+    states = load_model(small.run).encode_instruction(torch.tensor([ids])).states
+    torch.testing.assert_close(t5.read_safetensors(kept)["states"], states.detach())
+    others = [answers_of(capsys, *model, "--instruction", words, *texts) for words in ("Say it", "the dog sat")]
+    assert answers != others[0] != others[1], "the instruction matters, and so do the examples"
+    assert answers_of(capsys, *model, *told, "--save-task", kept) == [], "standard input is left alone"
+    assert answers_of(capsys, *model, "--task", kept, "--out", out, *texts) == []
+    assert out.read_text().splitlines() == others[0]
+    finetune(small.sni, small.run, tmp_path / "other", "--steps", 1)
+    refused("predict", "--model", tmp_path / "other", "--task", kept, "x", names=[kept])
+
+
+def test_answers_are_written_batch_by_batch(tmp_path, small):
+    """Stopped in the third batch, the file holds the answers of the first two."""
+    words = "predict", "--model", small.run, "--instruction", "x", "--out", tmp_path / "out", "--eval-batch-size", 2
+    with before_call(3, raising(MemoryError), HINT, "generate"):
+        assert said(*words, *"abcdefg")[0] == 1
+    assert len((tmp_path / "out").read_text().splitlines()) == 4
+    run(*words, *"abcdefg")
+    assert len((tmp_path / "out").read_text().splitlines()) == 7
+
+
+def test_inputs_come_from_arguments_a_file_or_standard_input(tmp_path, small, capsys):
+    """A byte order mark is no part of a text, and a missing line end at the end begins no line of its own."""
+    ask, texts = ("--model", small.run, "--instruction", "Say it."), ["the cat", "", "a dog é"]
+    answers = answers_of(capsys, *ask, *texts)
+    assert len(set(answers)) == 3, "or their order would not show"
+    (tmp_path / "inputs.txt").write_text("\ufeff" + "\n".join(texts), "utf-8")
+    assert answers_of(capsys, *ask, "--file", tmp_path / "inputs.txt") == answers
+    typed = subprocess.run([sys.executable, TRAIN, "predict", *map(str, ask)], input="\ufeff" + "\n".join(texts) + "\n",
+                           capture_output=True, encoding="utf-8", env={**os.environ, "PYTHONUTF8": "1"})  # fmt: skip
+    assert (typed.returncode, typed.stdout.splitlines(), typed.stderr) == (0, answers, "")
+
+
+def test_closed_standard_streams_do_no_harm(tmp_path, small, monkeypatch):
+    """A reader who has seen enough, a run without standard output and error, and one without standard input."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ask = "predict", "--model", small.run, "--instruction", "x"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train.Meter, "add", lambda *_: 1 / 0 if (tmp_path / "halves" / "training-2.pt").exists() else None
-        )
-        patch.setattr(train.Meter, "read", lambda _: {"loss": 0})
-        with pytest.raises(ZeroDivisionError):
-            pretrain(tmp_path / "halves")
-    pretrain(tmp_path / "halves", "--resume")
-    one, other = (weights_of(tmp_path / name) for name in ("whole", "halves"))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("first", [1, 2])
-@pytest.mark.parametrize("lost", ["config or weights", "weights", "training state"])
-def test_a_checkpoint_that_could_not_be_finished_leaves_the_last_one_whole(
-    tmp_path, sni, start, monkeypatch, lost, first
-):
-    """The disk is full when a part of the first or second checkpoint is written: the one before must still be whole."""
-    options = ("--steps", 6, "--save-every", 2)
-    finetune(sni, start, tmp_path / "whole", *options)
-    parts = {
-        "config or weights": (HINT, "save_pretrained"),
-        "weights": (t5, "write_safetensors"),
-        "training state": (torch, "save"),
-    }
-    owner, name = parts[lost]
-    real, calls = getattr(owner, name), []
-
-    def full(*arguments, **settings):
-        calls.append(1)
-        if len(calls) == first:
-            raise OSError(28, "No space left on device", "a file")
-        return real(*arguments, **settings)
-
+        patch.setattr(sys, "stdout", open(writer, "w"))
+        assert said(*ask, "y") == (1, "")
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, full)
-        with pytest.raises(SystemExit, match="No space left"):
-            finetune(sni, start, tmp_path / "halves", *options)
-    finetune(sni, start, tmp_path / "halves", *options, "--resume")
-    one, other = (weights_of(tmp_path / name) for name in ("whole", "halves"))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert [path.name for path in (tmp_path / "halves").glob("training-*")] == ["training-6.pt"]
+        patch.setattr(sys, "stdout", None)
+        patch.setattr(sys, "stderr", None)
+        finetune(small.sni, small.start, tmp_path / "run", "--steps", 2, "--eval-every", 1)
+    assert rows_of(tmp_path / "run")
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(*ask)
 
 
-def test_only_a_run_is_resumed_and_nothing_of_another_folder_is_touched(tmp_path, sni, start):
-    before = {path.name: path.read_bytes() for path in start.iterdir()}
-    for content in (before["config.json"], b'{"run": 3}', b"{"):
-        (start / "config.json").write_bytes(content)
-        with pytest.raises(SystemExit, match="public-t5"):
-            finetune(sni, SHARED, start, "--steps", 1, "--resume")
-        assert {path.name for path in start.iterdir()} == set(before) and (
-            start / "config.json"
-        ).read_bytes() == content
-
-
-class MakesAFolder:
-    """A pickle of it runs code wherever it is read without care."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_what_has_no_part_in_the_gradient_may_change_when_a_run_goes_on(tmp_path, sni, start):
-    """As after a message that the memory is full."""
-    finetune(sni, start, tmp_path / "run", "--steps", 1, "--dropout", 0)
-    finetune(sni, start, tmp_path / "run", "--steps", 3, "--dropout", 0, "--resume", "--microbatch", 1, "--save-every", 1,
-             "--gradient-checkpointing", "--eval-batch-size", 2)  # fmt: skip
-    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_foreign_lines_in_a_log_are_dropped_and_a_foreign_training_state_is_refused(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    with open(tmp_path / "run" / "log.jsonl", "ab") as log:
-        log.write(b'{"a": 1}\n[]\n\xff\n{"step": "x"}\n')
-    finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
-    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2]
-    torch.save({"position": 3}, tmp_path / "run" / "training-2.pt")
-    with pytest.raises(SystemExit, match="training-2.pt: is not the training state of a run"):
-        finetune(sni, start, tmp_path / "run", "--steps", 3, "--resume")
-
-
-def test_a_corpus_that_cannot_be_read_leaves_nothing_behind(tmp_path, start):
-    (tmp_path / "bad.json.gz").write_bytes(b"not gzip")
-    with pytest.raises(SystemExit, match="bad.json.gz"):
-        run("pretrain", "--start", start, "--corpus", tmp_path / "bad.json.gz", "--out", tmp_path / "out", *FAST)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_bad_line_of_a_shard_is_named_or_skipped_as_asked(tmp_path, start):
-    """It stands behind the first 128 texts, so a run has begun when it comes; what follows is the text without it."""
-    (shard,) = write_shards(tmp_path, 150, shards=1)
-    good = tmp_path / "good.json.gz"
-    good.write_bytes(shard.read_bytes())
-    lines = gzip.decompress(shard.read_bytes()).splitlines(keepends=True)
-    shard.write_bytes(gzip.compress(b"".join([*lines[:140], b'{"text": \n', *lines[140:]])))
-    sizes = ("--bottleneck", 3, "--prefix-length", 2, "--steps", 40, "--save-every", 1)
-    words = ("pretrain", "--start", start, *sizes, *FAST)
-    run(*words, "--corpus", good, "--out", tmp_path / "good")
-    words = (*words, "--corpus", shard, "--out")
-
-    stopped = command_line(*words, tmp_path / "stopped")
-    assert stopped.returncode == 1 and f"{shard}: line 141 cannot be read as C4 text" in stopped.stderr
-    assert 0 < log_of(tmp_path / "stopped")[-1]["step"] < 40
-    for more in ((tmp_path / "stopped", "--resume"), (tmp_path / "whole",)):
-        done = command_line(*words, *more, "--skip-bad-lines")
-        assert done.returncode == 0 and done.stderr.splitlines()[-1].startswith(
-            f"bad lines skipped: 1; the first: {shard}: line 141 "
-        ), "the shard is read again and again, and its line counted once"
-        one, other = (weights_of(folder) for folder in (tmp_path / "good", more[0]))
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-    shard.write_bytes(gzip.compress(b"bad\n" * 1000))
-    refused(command_line(*words, tmp_path / "none", "--skip-bad-lines", timeout=100), "no text in this shard")
-
-
-def test_dropout_of_the_generator_may_change_after_pretraining(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "one", "--steps", 1, "--generator-dropout", 0.1)
-    run(
-        "finetune",
-        "--data",
-        sni,
-        "--start",
-        tmp_path / "one",
-        "--out",
-        tmp_path / "two",
-        "--steps",
-        1,
-        *FAST,
-        "--generator-dropout",
-        0.4,
-    )
-    assert HINT.from_pretrained(tmp_path / "two").config.generator_dropout == 0.4
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"run": 5}, {"max_input": "x"}, {"max_input": 3}, {"max_target": 1e9}, {"examples": "x"}, {"system": "foo"}],
-)
-def test_settings_of_a_run_that_make_no_sense_are_refused(tmp_path, sni, start, change):
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    path = tmp_path / "run" / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(
-        json.dumps({**config, "run": {**config["run"], **change}} if "run" not in change else {**config, **change})
-    )
-    with pytest.raises(SystemExit, match="config.json: its run"):
-        run("predict", "--model", tmp_path / "run", "--instruction", "x", "y")
-
-
-def test_models_that_cannot_answer_so_are_refused(tmp_path, sni, start, spiece):
-    """A folder without a model, a system that the model is not of, a tokenizer that is too large for it."""
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    run("evaluate", "--model", tmp_path / "run", "--data", sni, "--out", tmp_path / "scores")
-    assert json.loads((tmp_path / "scores" / "config.json").read_text())["run"]["system"] == "hint"
-    ask = ("--instruction", "x", "y")
-    with pytest.raises(SystemExit, match="scores.*has saved no model"):
-        run("predict", "--model", tmp_path / "scores", *ask)
-    with pytest.raises(SystemExit, match="run is a HINT model .hint."):
-        run("predict", "--model", tmp_path / "run", "--system", "tk-instruct", *ask)
-    with pytest.raises(SystemExit, match="is not a HINT model"):
-        run("predict", "--model", start, "--system", "hint", *ask)
-    tiny_t5(vocab_size=64).save_pretrained(start)
-    with pytest.raises(SystemExit, match="the model only 64"):
-        run("predict", "--model", start, *ask)
-
-
-def test_halves_of_characters_are_read_as_question_marks(tmp_path, sni, start, capsys):
+def test_halves_of_characters_are_read_as_question_marks(tmp_path, sni, small, capsys):
     """JSON and command lines may hold them; tokenizers and files may not."""
     path = sni / "tasks" / "test_1.json"
-    path.write_text(
-        path.read_text()
-        .replace("the cat sat", "the \\ud800 sat")
-        .replace("out 0", "out \\ud83d")
-        .replace('"id": "', '"id": "\\ud800')
-    )
-    assert "\\ud800" in path.read_text()
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    assert "out ?" in (tmp_path / "run" / "predictions.jsonl").read_text()
-    run("predict", "--model", tmp_path / "run", "--instruction", "a \udcff b", "in \udcff")
+    text = path.read_text().replace("the cat sat", "the \\ud800 sat").replace("out 0", "out \\ud83d")
+    path.write_text(text.replace('"id": "', '"id": "\\ud800'))
+    run("evaluate", "--model", small.run, "--data", sni, "--out", tmp_path / "out")
+    assert rows_of(tmp_path / "out")[0]["references"][0] == "out ?" and rows_of(tmp_path / "out")[0]["id"][0] == "?"
+    assert len(answers_of(capsys, "--model", small.run, "--instruction", "a \udcff b", "in \udcff")) == 1
 
 
-def test_a_reader_who_has_seen_enough_ends_the_answers_quietly(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    ask = f"{sys.executable} {TRAIN} predict --model {tmp_path / 'run'} --instruction x " + "y " * 9
-    done = subprocess.run(f"({ask}) | true", shell=True, capture_output=True, text=True)
-    assert done.stderr == ""
+def test_options_of_answering_act(tmp_path, small, spiece, monkeypatch):
+    """Answers of one token, another number of examples, and a tokenizer for a model that has none."""
+    model, read, real = tmp_path / "model", [], HINT.encode_instruction
+    shutil.copytree(small.run, model, ignore=shutil.ignore_patterns("tokenizer.json"))
+    evaluate = "evaluate", "--model", model, "--data", small.sni, "--out"
+    refused(*evaluate, tmp_path / "no", names=[model])
+    monkeypatch.setattr(HINT, "encode_instruction", lambda self, ids, *more: read.append(ids.tolist()) or real(self, ids, *more))
+    for name, more in (("long", ()), ("short", ("--max-new-tokens", 1)), ("none", ("--examples", 0))):
+        run(*evaluate, tmp_path / name, "--tokenizer", spiece, *more)
+    long, short = (sum(len(row["prediction"]) for row in rows_of(tmp_path / name)) for name in ("long", "short"))
+    assert short < long
+    assert len(read) == 6 and read[0] == read[2] != read[4], "each instruction is read once, with its examples"
 
 
-def test_a_training_state_that_wants_to_run_code_is_refused(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    torch.save(MakesAFolder(tmp_path / "it-ran"), tmp_path / "run" / "training-1.pt")
-    with pytest.raises(SystemExit, match="training-1.pt"):
-        finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
-    assert not (tmp_path / "it-ran").exists()
+def test_a_model_answers_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path, small):
+    """Only products are in bf16, over weights in fp32."""
+    seen, real = set(), torch.nn.Linear.forward
 
+    def look(layer, out):
+        if not out.is_meta:  # where costs are counted
+            seen.add((layer.weight.dtype, out.dtype))
+        return out
 
-def test_a_run_without_a_checkpoint_resumes_from_its_beginning(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "never", "--steps", 2, "--resume")
-    assert [entry["step"] for entry in log_of(tmp_path / "never")] == [1, 2]
+    def kinds_in(action, *words) -> set:
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", lambda self, x: look(self, real(self, x)))
+            action(*words)
+        return set(seen)
 
-
-def test_inputs_come_from_arguments_a_file_or_standard_input(tmp_path, sni, start):
-    out = tmp_path / "run"
-    finetune(sni, start, out, "--steps", 1)
-    (tmp_path / "inputs.txt").write_text("in 0\nin 1\n")
-    ask = ("predict", "--model", out, "--instruction", "Say it.")
-    answers = [
-        command_line(*ask, "in 0", "in 1"),
-        command_line(*ask, "--file", tmp_path / "inputs.txt"),
-        command_line(*ask, input="in 0\nin 1\n"),
-    ]
-    assert {done.returncode for done in answers} == {0}
-    assert len({done.stdout for done in answers}) == 1 and len(answers[0].stdout.splitlines()) == 2
-    both = command_line(*ask, "--file", "-", "in 0", input="in 1\n")
-    assert both.stdout == answers[0].stdout
-    assert command_line(*ask, input="").stdout == ""
-
-
-def test_evaluation_encodes_each_instruction_once(tokenizer):
-    model = tiny_hint(vocab_size=300)
-    seen = []
-    model.hypernetwork.register_forward_hook(lambda _, given, __: seen.append(len(given[0])))
-    task = replace(TASK, instances=TASK.instances * 7)
-    answerer = train.Answerer(model, HINTFormat(tokenizer), 4, batch_size=2, precision="fp32")
-    assert len(answerer.predictions([task, task])) == 14 and seen == [1, 1]
-
-
-def test_answers_are_computed_in_the_precision_asked_for(tokenizer):
-    model, kinds = tiny_hint(vocab_size=300), set()
-    model.t5.decoder.blocks[0].self_attention.q.register_forward_hook(lambda _, __, out: kinds.add(out.dtype))
-    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        kinds.clear()
-        train.Answerer(model, HINTFormat(tokenizer), 3, batch_size=2, precision=precision).answers(TASK)
-        assert kinds == {kind}
-
-
-def test_options_of_answering_act(tmp_path, sni, start, spiece, capsys):
-    """A model without a tokenizer of its own, answers of one token, another number of examples."""
-    out = tmp_path / "run"
-    finetune(sni, start, out, "--steps", 1, "--tokenizer", spiece)
-    (out / "tokenizer.json").unlink()
-    evaluate = ("evaluate", "--model", out, "--data", sni, "--tokenizer", spiece)
-    run(*evaluate, "--out", tmp_path / "long")
-    run(*evaluate, "--out", tmp_path / "short", "--max-new-tokens", 1)
-    said = {}
-    for name in ("long", "short"):
-        rows = [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
-        said[name] = sum(len(row["prediction"]) for row in rows)
-    assert said["short"] < said["long"]
-    asked = []
-    answerer = train.answerer_of(parsed(*evaluate, "--out", "x", "--examples", 1))
-    asked.append(answerer.prompts.examples)
-    answerer = train.answerer_of(parsed(*evaluate, "--out", "x"))
-    assert asked + [answerer.prompts.examples] == [1, 0]
-
-
-def test_a_model_answers_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "run", "--steps", 1, "--precision", "bf16")
-    ask = ("predict", "--model", tmp_path / "run", "--instruction", "x")
-    for more, kind in (((), torch.bfloat16), (("--precision", "fp32"), torch.float32)):
-        with train.answerer_of(parsed(*ask, *more)).context():
-            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == kind
-
-
-def test_a_tokenizer_that_is_named_is_used_in_place_of_the_model_s(tmp_path, sni, start):
-    elsewhere = tmp_path / "elsewhere.model"
-    (start / "spiece.model").rename(elsewhere)
-    finetune(sni, start, tmp_path / "run", "--steps", 1, "--tokenizer", elsewhere)
-    with pytest.raises(SystemExit, match="no tokenizer.json and no spiece.model"):
-        finetune(sni, start, tmp_path / "other", "--steps", 1)
-
-
-def test_a_public_t5_answers_as_tk_instruct_unless_told_otherwise(start):
-    ask = ["predict", "--model", start, "--instruction", "x"]
-    plain = train.answerer_of(parsed(*ask))
-    told = train.answerer_of(parsed(*ask, "--system", "no-instruct"))
-    assert isinstance(plain.prompts, train.TkInstructFormat) and isinstance(told.prompts, train.NoInstructFormat)
-
-
-class Echo(torch.nn.Module):
-    """Answers every input with itself."""
-
-    def encode_instruction(self, instruction_ids):
-        return None
-
-    def generate(self, task, input_ids, max_new_tokens):
-        return input_ids[:, :max_new_tokens]
-
-
-def test_answers_come_back_in_the_order_of_the_inputs(tokenizer):
-    """Inputs are sorted by length to be answered in batches, and their answers put back."""
-    texts = ["the cat and " * n + "the dog" for n in (5, 1, 4, 2, 3)]
-    task = replace(TASK, instances=tuple(TASK.instances[0]._replace(input=text) for text in texts))
-    answerer = train.Answerer(Echo(), HINTFormat(tokenizer), 100, batch_size=2, precision="fp32")
-    assert answerer.answers(task) == texts
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_choices_are_ranked_and_what_has_none_is_generated(tokenizer, batch_size):
-    """Each instance has choices of its own, so that none can be given to another; not the first of all is the best."""
-    texts = ["the cat and " * n + "the dog" for n in (5, 1, 4, 2, 3, 1)]
-    words = "the cat sat on a mat and dog barked at it please give me book that lies table".split()
-    choices = [tuple(" ".join(words[3 * n + k :][: 1 + k]) for k in (2, 0, 1)) for n in range(6)]
-    choices[3] = ()
-    task = replace(
-        TASK, instances=tuple(Instance(str(n), *pair) for n, pair in enumerate(zip(texts, [("x",)] * 6, choices)))
-    )
-    answerer = train.Answerer(tiny_hint(vocab_size=300), HINTFormat(tokenizer), 5, batch_size, "fp32")
-    ranked = replace(task, instances=task.instances[:3] + task.instances[4:])
-    best = best_of_each(answerer, ranked)
-    assert [place for place, choice in enumerate(best) if choice != ranked.instances[place].choices[0]]
-    free = answerer.answers(replace(task, instances=(task.instances[3],)))
-    assert answerer.answers(task) == best[:3] + free + best[3:]
-
-
-def test_no_more_choices_are_ranked_at_once_than_asked_and_of_equal_ones_the_first_is_best(tokenizer):
-    class Undecided(Echo):
-        def rank(self, task, input_ids, labels, owners):
-            sizes.append((len(labels), owners.tolist(), len(input_ids)))
-            return torch.zeros(len(labels))
-
-    sizes, instance = [], TASK.instances[0]._replace(choices=("the cat and the dog", "a cat", "it"))
-    task = replace(TASK, instances=(instance,) * 3)
-    answers = train.Answerer(Undecided(), HINTFormat(tokenizer), 5, batch_size=4, precision="fp32").answers(task)
-    assert answers == ["the cat and the dog"] * 3, "and no input is read once for each of its choices"
-    assert sizes == [(4, [0, 0, 0, 1], 2), (4, [0, 0, 1, 1], 2), (1, [0], 1)]
+    bf16, fp32 = {(torch.float32, torch.bfloat16)}, {(torch.float32, torch.float32)}
+    assert kinds_in(finetune, small.sni, small.start, tmp_path / "run", "--steps", 1, "--precision", "bf16") == bf16
+    ask = "predict", "--model", tmp_path / "run", "--instruction", "x", "y"
+    assert kinds_in(run, *ask) == bf16 and kinds_in(run, *ask, "--precision", "fp32") == fp32
 
 
 # ------------------------------------------------------------------------ the loop
-
-
-def examples(count=7) -> list[Ids]:
-    draw = torch.Generator().manual_seed(0)
-    ids = lambda: torch.randint(2, 53, (int(torch.randint(2, 9, (1,), generator=draw)),), generator=draw).tolist() + [1]  # noqa: E731
-    return [Ids(ids(), ids(), ids()) for _ in range(count)]
-
-
-def test_microbatches_of_any_size_give_the_gradient_of_the_whole_batch():
-    """Targets differ in length, so a mean over microbatches of means would be another gradient."""
-    model, batch = tiny_hint(), examples()
-    batch += [example._replace(instruction=batch[0].instruction) for example in examples(3)]
-    wanted = gradient(model, batch, 1000)
-    assert [len(train.microbatches(batch, tokens)) for tokens in (1000, 100, 50, 1)] == [1, 5, 7, 10]
-    for tokens in (100, 50, 1):
-        for found, right in zip(gradient(model, batch, tokens), wanted, strict=True):
-            torch.testing.assert_close(found, right, atol=1e-6, rtol=1e-4)
-
-
-def gradient(model, batch, microbatch):
-    model.zero_grad()
-    loss = train.accumulate_gradient(model, batch, microbatch, torch.device("cpu"), train.nullcontext)
-    assert math.isfinite(loss)
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def test_z_loss_is_part_of_the_gradient(monkeypatch):
-    model, batch = tiny_hint(), examples()
-    with_it = gradient(model, batch, 1000)
-    monkeypatch.setattr(train, "Z_LOSS", 0.0)
-    without = gradient(model, batch, 1000)
-    assert any((one - other).abs().max() > 1e-6 for one, other in zip(with_it, without))
 
 
 def test_adafactor_steps_as_the_paper_says():
@@ -605,10 +431,10 @@ def test_adafactor_steps_as_the_paper_says():
     rows, columns, squares = torch.zeros(5), torch.zeros(4), torch.zeros(6)
     optimizer, clipped = train.adafactor(model, 1e-2), []
     for step in (1, 2):
-        for parameter, found in zip(model, gradients[step - 1]):
-            parameter.grad = found
+        for parameter, grad in zip(model, gradients[step - 1]):
+            parameter.grad = grad
         optimizer.step()
-        matrix, vector = (found.double() for found in gradients[step - 1])
+        matrix, vector = (grad.double() for grad in gradients[step - 1])
         beta = 1 - step**-0.8
         rows = beta * rows + (1 - beta) * matrix.square().mean(1)
         columns = beta * columns + (1 - beta) * matrix.square().mean(0)
@@ -626,245 +452,221 @@ def test_adafactor_steps_as_the_paper_says():
 
 
 def test_the_learning_rate_is_constant_or_rises_and_falls_as_asked():
-    constant = train.Recipe(steps=100)
+    constant = train.Settings(steps=100)
     assert {train.learning_rate(step, constant) for step in (1, 50, 100)} == {1e-3}
     cosine = replace(constant, warmup=10, final_rate=0.1)
     rates = [train.learning_rate(step, cosine) for step in range(1, 101)]
     assert rates[4] == pytest.approx(5e-4) and rates[9] == max(rates) == 1e-3 and rates[-1] == pytest.approx(1e-4)
     assert rates[54] == pytest.approx(5.5e-4), "half-way down"
-    assert train.learning_rate(5, replace(cosine, steps=5)) == pytest.approx(5e-4), "a run that ends in its warm-up"
+    assert [train.learning_rate(step, replace(constant, warmup=100)) for step in (50, 100)] == [5e-4, 1e-3]
 
 
-def test_the_meter_means_losses_and_counts_real_tokens_of_training():
-    meter = train.Meter()
-    meter.add(1.0, [Ids([5, 1], [6, 1], [7, 1])], seconds=0.5)
-    meter.add(3.0, [Ids([5, 5, 1], [1], [1]), Ids([1], [1], [1])], seconds=1.5)
-    assert meter.read() == {"loss": 2.0, "tokens_per_second": 7.0} and meter.losses == []
+def test_the_log_means_losses_and_counts_the_tokens_and_time_of_training_alone(tmp_path, small, monkeypatch):
+    """A clock goes on by a second for each gradient, and by a hundred for each task that is answered."""
+    clock, tokens, gradient, answers = [0.0], [], train.accumulate_gradient, train.Answerer.answers
+
+    def tick(seconds: float, real):
+        clock[0] += seconds
+        return real
+
+    def counted(model, batch, *rest):
+        tokens.append(sum(len(ids) for example in batch for ids in example))
+        return tick(1, gradient)(model, batch, *rest)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train, "accumulate_gradient", counted)
+    monkeypatch.setattr(train.Answerer, "answers", lambda *given: tick(100, answers)(*given))
+    for name, more in (("each", ()), ("seldom", ("--log-every", 3, "--eval-every", 2))):
+        finetune(small.sni, small.start, tmp_path / name, "--steps", 5, *NO_DROPOUT, *more)
+    each, seldom = [[entry for entry in log_of(tmp_path / name) if "loss" in entry] for name in ("each", "seldom")]
+    assert [entry["tokens_per_second"] for entry in each] == tokens[:5]
+    assert [entry["step"] for entry in seldom] == [3, 5], "the end is logged too"
+    for entry, part in zip(seldom, (each[:3], each[3:])):
+        for name in ("loss", "tokens_per_second"):
+            assert entry[name] == pytest.approx(sum(one[name] for one in part) / len(part))
+    assert [entry["seconds"] for entry in each] == [1, 2, 3, 4, 5] and [entry["seconds"] for entry in seldom] == [203, 405]
 
 
-def test_gradient_checkpointing_is_asked_of_t5(tmp_path, sni, start, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "set_gradient_checkpointing", lambda _, on: asked.append(on))
-    finetune(sni, start, tmp_path / "plain", "--steps", 1)
-    finetune(sni, start, tmp_path / "checkpointed", "--steps", 1, "--gradient-checkpointing")
-    assert asked == [False, True]
+CHANGES = [  # options that change the gradient of a run
+    "learning-rate 0.05", "warmup 2", "final-rate 0.1", "dropout 0.4", "seed 5", "batch-size 2", "group 2", "max-instances 1", "max-input 8",
+    "max-instruction 8", "max-target 2", "examples 1", "precision bf16", "bottleneck 4", "prefix-length 3", "generator-dropout 0.8",
+    "embedding-scale 8.0", "system hypter", "generator pooled", "modules lora", "no-fusion", "hyperencoder own", "trains hypernetwork", "steps 2",
+]  # fmt: skip
+KEEPS = ["microbatch 1", "gradient-checkpointing", "log-every 1", "save-every 1", "eval-every 1", "eval-batch-size 1"]
+OF_OTHER_TESTS = set("help data out start size tokenizer setting resume compile shard fusion".split())
 
 
-def test_a_compiled_pass_has_the_same_losses(tmp_path, sni, start, monkeypatch):
+def test_the_help_is_grouped_and_every_option_in_it_is_tried(capsys):
+    with pytest.raises(SystemExit):
+        run("finetune", "--help")
+    text = capsys.readouterr().out
+    options = set(re.findall(r"--([a-z-]+)", text.partition("\n\n")[2])) - set("help start system".split())
+    tried = {words.split()[0] for words in CHANGES + KEEPS} | OF_OTHER_TESTS
+    assert options <= tried and len(options) > 35, options - tried
+    assert text.count(":\n  -") >= 5 and "(default: 0.001)" in text
+
+
+@contextmanager
+def counting(calls: list) -> Iterator[None]:
+    """Note each call of a feed-forward layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = t5.FeedForward.forward
+        patch.setattr(t5.FeedForward, "forward", lambda *given: calls.append(1) or real(*given))
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(small) -> tuple[list[float], list]:
+    """Losses of a run without dropout, and its calls of layers. Dropout could hide a change, or make one that is none."""
+    calls = []
+    with counting(calls):
+        finetune(small.sni, small.start, small.run.with_name("plain"), "--steps", 3, *NO_DROPOUT)
+    return [loss for _, loss in losses_of(small.run.with_name("plain"))], calls
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_each_option_of_training_changes_the_run_and_is_kept(tmp_path, small, plain, words):
+    finetune(small.sni, small.start, tmp_path / "run", "--steps", 3, *NO_DROPOUT, *f"--{words}".split())
+    assert [loss for _, loss in losses_of(tmp_path / "run")] != plain[0]
+    name, _, value = words.replace("no-fusion", "fusion False").partition(" ")
+    assert str(config_of(tmp_path / "run")[name.replace("-", "_")]) == value
+
+
+@pytest.mark.parametrize("words", KEEPS)
+def test_options_of_speed_and_of_the_log_change_no_loss(tmp_path, small, plain, words):
+    calls = []
+    with counting(calls):
+        finetune(small.sni, small.start, tmp_path / "run", "--steps", 3, *NO_DROPOUT, *f"--{words}".split())
+    assert [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(plain[0], abs=1e-5)
+    assert words != "gradient-checkpointing" or len(calls) > len(plain[1]), "layers are computed again"
+
+
+@pytest.mark.long
+def test_a_compiled_pass_has_the_same_losses(tmp_path, small, plain, monkeypatch):
     """The graphs that are handed to the compiler are only counted and run as they are: a real one takes minutes."""
     graphs, real = [], torch.nn.Module.compile
-
-    def compiler(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend=compiler, **how))
-    for name, words in {"plain": [], "compiled": ["--compile"]}.items():
-        finetune(sni, start, tmp_path / name, "--steps", 3, "--dropout", 0, "--system", "tk-instruct", *words)
-        assert bool(graphs) == (name == "compiled")
-    plain, compiled = ([entry["loss"] for entry in log_of(tmp_path / name)] for name in ("plain", "compiled"))
-    assert plain == pytest.approx(compiled, abs=1e-5) and len(plain) == 3
+    backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend=backend, **how))
+    finetune(small.sni, small.start, tmp_path / "run", "--steps", 3, *NO_DROPOUT, "--compile")
+    assert graphs and [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(plain[0], abs=1e-5)
 
 
-def test_a_control_is_no_part_of_the_whole_and_is_told_nothing(tmp_path):
-    row = {"id": "a", "task": "t", "references": ["yes"]}
-    train.report({"seen": [{**row, "prediction": "yes"}]}, tmp_path, control={"blind": [{**row, "prediction": "no"}]})
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert {name: found["exact_match"] for name, found in metrics.items()} == {"seen": 100, "overall": 100, "blind": 0}
-    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 1
-    told = train.without_instruction(TASK)
-    assert (told.definition, told.examples, told.instances) == ("", (), TASK.instances) and isinstance(told, Task)
+def test_dropout_reaches_t5_and_the_generator_s_attention_and_its_networks_have_their_own(tmp_path, small, monkeypatch):
+    rates, real = {}, train.accumulate_gradient
+
+    def look(model, *rest):
+        rates.update((name, part.p) for name, part in model.named_modules() if isinstance(part, torch.nn.Dropout))
+        return real(model, *rest)
+
+    monkeypatch.setattr(train, "accumulate_gradient", look)
+    finetune(small.sni, small.start, tmp_path / "run", "--steps", 1, "--dropout", 0.3, "--generator-dropout", 0.2)
+    networks = {name for name in rates if "networks" in name}
+    assert {rates[name] for name in networks} == {0.2} and {rates[name] for name in rates.keys() - networks} == {0.3}
+    assert "hypernetwork.attention.dropout" in rates
 
 
-def test_the_first_free_name_is_taken(tmp_path):
-    name = str(tmp_path / "demo")
-    for wanted in (name, f"{name}-2", f"{name}-3"):
-        assert train.first_free(name) == wanted
-        Path(wanted).mkdir()
-
-
-def test_dropout_of_the_recipe_reaches_t5_and_the_generator_s_attention():
-    model = tiny_hint()
-    train.set_dropout(model, 0.3)
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
-    assert {rate for name, rate in rates.items() if "networks" not in name} == {0.3}
-    assert {rate for name, rate in rates.items() if "networks" in name} == {
-        0.0
-    } and "hypernetwork.attention.dropout" in rates
-
-
-@pytest.mark.parametrize(
-    "option, value",
-    [("--learning-rate", 0.05), ("--warmup", 5), ("--final-rate", 0.1), ("--dropout", 0.4), ("--seed", 5), ("--batch-size", 2), ("--group", 2),
-     ("--max-instruction", 8), ("--max-input", 8), ("--max-target", 2), ("--examples", 1), ("--max-instances", 1), ("--precision", "bf16"),
-     ("--generator-dropout", 0.8), ("--embedding-scale", 8)],
-)  # fmt: skip
-def test_each_option_of_training_changes_the_run(tmp_path, sni, start, option, value):
-    losses = []
-    for name, more in (("plain", ()), ("changed", (option, value))):
-        finetune(sni, start, tmp_path / name, "--steps", 3, *more)
-        losses.append([entry["loss"] for entry in log_of(tmp_path / name)])
-    assert losses[0] != losses[1]
-
-
-def test_bf16_computes_in_bf16_over_fp32_weights():
-    model = tiny_hint()
-    _, context = train.device_and_precision("bf16")
-    kinds = set()
-    model.t5.encoder.blocks[0].self_attention.q.register_forward_hook(lambda _, __, out: kinds.add(out.dtype))
-    with context():
-        loss = model(torch.tensor([[5, 1]]), torch.tensor([[6, 1]]), torch.tensor([[7, 1]]))
-    loss.loss.backward()
-    assert kinds == {torch.bfloat16} and loss.loss.dtype == torch.float32
-    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+def test_finetuning_sees_the_training_split_alone_and_a_task_listed_twice_once(tmp_path, sni, small, monkeypatch):
+    seen, real = [], train.accumulate_gradient
+    monkeypatch.setattr(train, "accumulate_gradient", lambda model, batch, *rest: seen.extend(batch) or real(model, batch, *rest))
+    for name, text in (("train_1", "a cat"), ("train_2", "a dog")):
+        write_task(sni, name, Instances=[{"id": "a", "input": text, "output": ["a"]}])
+    (sni / "splits" / "default" / "train_tasks.txt").write_text("train_1\ntrain_2\ntrain_1\n\n")
+    finetune(sni, small.start, tmp_path / "run", "--steps", 2)  # of 4 examples: four epochs of two
+    tokenizer = load_tokenizer(small.start)
+    assert sorted(tokenizer.decode(example.input) for example in seen) == ["a cat"] * 4 + ["a dog"] * 4
+    assert {row["task"] for row in rows_of(tmp_path / "run")} == {"test_1", "test_2"}
 
 
 # ------------------------------------------------------------------------ what is refused
 
-
-def refused(done: subprocess.CompletedProcess, *expected: str) -> None:
-    """One sentence, no traceback, a non-zero exit."""
-    assert done.returncode in (1, 2), done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("train.py"), done.stderr
-    assert all(text in done.stderr for text in expected), done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_bad_input_ends_in_one_sentence_and_leaves_nothing_behind(tmp_path, sni, start):
-    """Each through the real command line; the library's own tests try every form of damage."""
-    out = tmp_path / "out"
-    run = ("finetune", "--out", out, "--steps", 1, *FAST)
-    good = ("--data", sni, "--start", start)
-    weights = (start / "model.safetensors").read_bytes()
-    refused(command_line(*run, "--data", tmp_path / "absent", "--start", start), "absent", "tasks/")
-    refused(command_line(*run, "--data", sni, "--start", tmp_path / "absent"), "absent")
-    refused(command_line(*run, *good, "--precision", "fp16"), "fp16", "bf16")
-    refused(command_line(*run, *good, "--no-such-option", 3), "--no-such-option")
-    refused(command_line(*run, *good, "--steps", 0), "--steps")
-    refused(command_line(*run, "--data", sni, "--size", "tiny"), "--tokenizer")
-    refused(command_line(*run, *good, "--setting", "joint"), "holds no prompted examples")
-    (start / "model.safetensors").write_bytes(weights[:-5])
-    refused(command_line(*run, *good), "model.safetensors")
-    (start / "model.safetensors").unlink()
-    (start / "pytorch_model.bin").write_bytes(
-        pickle.dumps({"shared.weight": MakesAFolder(tmp_path / "it-ran")}, protocol=2)
-    )
-    refused(command_line(*run, *good), "pytorch_model.bin")
-    torch.save({"shared.weight": torch.ones(2)}, start / "pytorch_model.bin")
-    refused(command_line(*run, *good), "lacks decoder.block.0", "and 61 more")
-    assert not (tmp_path / "it-ran").exists()
-    (start / "pytorch_model.bin").unlink()
-    (start / "model.safetensors").write_bytes(weights)
-    (sni / "tasks" / "train_2.json").write_text("{")
-    refused(command_line(*run, *good), "train_2.json", "not JSON")
-    assert not out.exists()
-    out.mkdir()
-    (out / "notes.txt").write_text("mine")
-    refused(command_line(*run, *good), str(out), "--resume")
-    assert [path.name for path in out.iterdir()] == ["notes.txt"]
-
-
-def test_other_commands_refuse_in_the_same_way(tmp_path, sni, start):
-    out = tmp_path / "out"
-    refused(command_line("evaluate", "--model", start, "--data", sni, "--split", "dev", "--out", out), "dev_tasks.txt")
-    refused(command_line("predict", "--model", tmp_path, "--instruction", "x", "y"), "config.json")
-    refused(command_line("predict", "--model", start, "--instruction", "x", "--file", tmp_path / "absent"), "absent")
-    refused(
-        command_line("pretrain", "--start", start, "--corpus", tmp_path / "absent.json.gz", "--out", out, *FAST),
-        "absent.json.gz",
-    )
-    refused(command_line("no-such-command"), "no-such-command")
-    assert not out.exists()
+TRAINING = "finetune --data {sni} --start {start} --out {out} --steps 2"
+OF_TRAINING = {  # words behind these, and what the sentence names
+    "--no-such-option 3": "--no-such-option", "--step 3": "--step", "--size tiny": "--size", "--steps 0": "steps", "--steps many": "--steps",
+    "--warmup 3": "warmup", "--learning-rate -1": "learning_rate", "--learning-rate inf": "learning_rate", "--final-rate 1.5": "final_rate",
+    "--dropout 1": "dropout", "--max-input 3": "max_input", "--precision fp16": "bf16", "--precision fp8": "precision", "--system t0": "t0",
+    f"--seed {2**63}": "seed", "--embedding-scale inf": "embedding_scale", "--examples -1": "examples",
+    "--system tk-instruct --bottleneck 3": "bottleneck", "--system no-instruct --trains hypernetwork": "trains",
+    "--system tk-instruct --no-fusion": "fusion", "--system tk-instruct --generator pooled": "generator",
+    "--modules adapters --prefix-length 3": "prefix_length", "--system hypertune --bottleneck 3": "bottleneck",
+    "--generator none --bottleneck 3": "bottleneck", "--modules lora --prefix-length 3": "prefix_length", "--hyperencoder table": "table",
+    "--system hyperformer++ --generator columns": "table", "--system hyperformer --fusion": "table",
+    "--system hyperformer --hyperencoder tied": "table", "--generator none --no-fusion": "instruction",
+    "--generator none --modules adapters": "modules", "--generator none --trains hypernetwork": "trains",
+    **{f"--{name} nan": name.replace("-", "_") for name in "learning-rate final-rate dropout generator-dropout embedding-scale".split()},
+    **{f"--{name} {10**9}": name.replace("-", "_") for name in """eval-batch-size batch-size steps max-input max-target max-instruction
+        bottleneck prefix-length microbatch group save-every max-instances examples""".split()},
+}  # fmt: skip
+WRONG_OPTIONS = {
+    **{f"{TRAINING} {words}": named for words, named in OF_TRAINING.items()},
+    "finetune --data {sni} --size tiny --out {out}": "--tokenizer", "no-such-command": "no-such-command", "finetune": "--data", "finetune --data x --start y": "--out", "pretrain --out x --size tiny": "--corpus",
+    "predict --model x y": "--instruction", "predict --instruction x y": "--model", "evaluate --model x --out y": "--data",
+    "predict --model x --instruction x --task x": "--task", "evaluate --model {run} --data {sni} --out {out} --warmup 1": "--warmup",
+    f"predict --model {{run}} --instruction x y --max-new-tokens {10**9}": "max_new_tokens", "predict --model {run} --steps 3 y": "--steps",
+    f"predict --model {{run}} --instruction x y --eval-batch-size {10**9}": "eval_batch_size",
+}  # fmt: skip
+WRONG_INPUTS = {  # the paths or options that the sentence names
+    "finetune --data {no} --start {start} --out {out}": "{no}", "finetune --data {sni} --start {no} --out {out}": "{no}",
+    "finetune --data {sni} --start {sni} --out {out}": "{sni}", "finetune --data {sni} --start {run} --out {start}": "{start}",
+    "finetune --data {sni} --start {start} --tokenizer {no} --out {out}": "{no}",
+    TRAINING + " --setting joint": "{sni}", TRAINING + " --system hyperformer": "--examples", TRAINING + " --shard": "--shard",
+    "finetune --data {sni} --start {start} --out {start} --resume": "{start}", "finetune --data {sni} --start {start} --out {file}": "{file}",
+    "finetune --data {sni} --start {start} --out {file} --resume": "{file}",
+    "finetune --data {sni} --start {start} --out {file}/sub --steps 1": "{file}", "evaluate --model {run} --data {sni} --out {file}/sub": "{file}",
+    "evaluate --model {start} --data {sni} --split dev --out {out}": "dev", "evaluate --model {no} --data {sni} --out {out}": "{no}",
+    "evaluate --model {run} --data {no} --out {out}": "{no}", "evaluate --model {run} --data {sni} --system hypter --out {out}": "{run}",
+    "predict --model {run} --instruction x --system tk-instruct y": "{run}", "predict --model {run} --instruction x --out {no}/y y": "{no}",
+    "predict --model {sni} --instruction x y": "{sni}", "predict --model {no} --instruction x y": "{no}",
+    "predict --model {run} --instruction x --file {no}": "{no}", "predict --model {run} --instruction x --file {sni}": "{sni}",
+    "predict --model {run} --instruction x --save-task {no}/y": "{no}", "predict --model {run} --task {no} y": "{no}",
+    "predict --model {run} --task {file} y": "{file}", "predict --model {run} --tokenizer {file} --instruction x y": "{file}",
+    "pretrain --start {start} --corpus {no} --out {out}": "{no}", "pretrain --start {start} --corpus {file} --out {out}": "{file}",
+    "pretrain --start {start} --corpus {sni} --out {out}": "{sni}",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        dict(dropout=1.0),
-        dict(final_rate=1.5),
-        dict(steps=0),
-        dict(learning_rate=-1.0),
-        dict(max_input=3),
-        dict(steps="many"),
-        dict(seed=2**63),
-    ],
-)
-def test_a_recipe_that_makes_no_sense_is_refused(wrong):
-    with pytest.raises(train.RunError, match="--" + next(iter(wrong)).replace("_", "-")):
-        train.Recipe(**wrong)
+@pytest.mark.parametrize("words, status", [*[(words, 2) for words in WRONG_OPTIONS], *[(words, 1) for words in WRONG_INPUTS]])
+def test_what_cannot_be_done_ends_at_once_in_one_sentence_and_leaves_nothing_behind(tmp_path, small, monkeypatch, words, status):
+    """Wrong options with status 2, before anything is read; input with 1. The hub is not asked for a mistyped folder."""
+    monkeypatch.setattr(t5, "hf_hub_download", raising(AssertionError, "the hub was asked"))
+    places = small._asdict() | {"no": tmp_path / "no-such", "out": tmp_path / "out", "file": tmp_path / "file"}
+    places["file"].write_text("text")
+    named, began = {**WRONG_OPTIONS, **WRONG_INPUTS}[words].format(**places), time.process_time()
+    refused(*(word.format(**places) for word in words.split()), status=status, names=[named])
+    assert time.process_time() - began < 5
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and places["file"].read_text() == "text"
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, sni, start, spiece):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_and_fresh_weights_fit_theirs(tmp_path, sni, start):
+    size = load_tokenizer(start).get_vocab_size()
+    finetune(sni, start, tmp_path / "fresh", "--steps", 1)
+    run("finetune", "--data", sni, "--size", "toy", "--tokenizer", start, "--out", tmp_path / "toy", "--steps", 1, *SIZES, *FAST)
+    assert load_model(tmp_path / "toy").t5.config == replace(t5.SIZES["toy"], vocab_size=size)
     tiny_t5(vocab_size=64).save_pretrained(start)
-    with pytest.raises(SystemExit, match="tokens, the model only 64"):
-        finetune(sni, start, tmp_path / "run", "--steps", 1)
+    refused(sni, start, tmp_path / "run", by=finetune, names=[start, size, 64])
     few = json.loads(toy_tokenizer().to_str())
-    few["model"]["vocab"] = {"<pad>": 0, "</s>": 1, "<unk>": 2, "the": 64}  # few enough, but one id is too high
-    (start / "tokenizer.json").write_text(json.dumps(few))
-    with pytest.raises(SystemExit, match="has 65 tokens, the model only 64"):
-        finetune(sni, start, tmp_path / "run", "--steps", 1)
-
-
-def test_resume_wants_the_same_options(tmp_path, sni, start):
+    for highest in (64, 63):
+        few["model"]["vocab"] = {"<pad>": 0, "</s>": 1, "<unk>": 2, "the": highest}  # few tokens, but an id is too high
+        (start / "tokenizer.json").write_text(json.dumps(few))
+        if highest == 64:
+            refused("predict", "--model", start, "--instruction", "x", "y", names=[start, 65, 64])
     finetune(sni, start, tmp_path / "run", "--steps", 1)
-    with pytest.raises(SystemExit, match="learning_rate"):
-        finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume", "--learning-rate", 0.5)
-    finetune(sni, start, tmp_path / "run", "--steps", 2, "--resume")
-    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [1, 2]
-
-
-def test_a_hint_folder_keeps_its_sizes_and_its_kind(tmp_path, sni, start):
-    finetune(sni, start, tmp_path / "run", "--steps", 1)
-    for more, message in ((("--bottleneck", "4"), "cannot be changed"), (("--system", "tk-instruct"), "cannot become")):
-        with pytest.raises(SystemExit, match=message):
-            run("finetune", "--data", sni, "--start", tmp_path / "run", "--out", tmp_path / "x", *FAST, *more)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_checkpoint(tmp_path, sni, start, monkeypatch):
-    finetune(sni, start, tmp_path / "run", "--steps", 2)
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(train, "accumulate_gradient", lambda *_: math.nan)
-    with pytest.raises(SystemExit, match="loss of step 3 is nan"):
-        finetune(sni, start, tmp_path / "run", "--steps", 4, "--resume")
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    "error, sentence",
-    [
-        (torch.OutOfMemoryError("CUDA"), "--microbatch"),
-        (OSError(28, "No space left on device", "x"), "x: No space"),
-    ],
-)
-def test_what_no_one_can_foresee_also_ends_in_a_sentence(tmp_path, sni, start, monkeypatch, error, sentence):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(train, "accumulate_gradient", fail)
-    with pytest.raises(SystemExit, match=sentence):
-        finetune(sni, start, tmp_path / "run", "--steps", 1)
 
 
 def test_importing_a_module_does_nothing():
-    program = "import sys; before = set(sys.modules); import t5, hypernet, hint, data, train; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=os.fspath(TRAIN.parent))
-    assert (done.stdout.strip(), done.stderr) == ("False", "")
-
-
-def test_help_of_every_command_fits_its_options():
-    for command in ((), ("demo",), ("pretrain",), ("finetune",), ("evaluate",), ("predict",)):
-        done = command_line(*command, "--help")
-        assert done.returncode == 0 and "usage" in done.stdout
+    """And a refusal is all that a command line writes, in a process of its own."""
+    program = "import sys, t5, hypernet, hint, data, train; print('transformers' in sys.modules); train.main(['finetune'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=TRAIN.parent)
+    assert (done.stdout, done.stderr.count("\n"), done.returncode) == ("False\n", 1, 2)
 
 
 @needs_shared
 def test_the_real_data_train_and_score_with_the_real_vocabulary(tmp_path):
-    """Two tasks' worth of steps of a tiny model on Super-NaturalInstructions and its twelve unseen tasks."""
+    """Two steps of a small model on Super-NaturalInstructions, and its twelve unseen tasks."""
     out = tmp_path / "run"
-    run("finetune", "--data", SHARED / "sni", "--size", "tiny", "--tokenizer", SHARED / "t5", "--out", out, "--steps", 2,
-                "--max-instances", 2, "--max-instruction", 64, "--max-target", 4, "--bottleneck", 4, "--prefix-length", 2, *FAST)  # fmt: skip
-    assert len((out / "predictions.jsonl").read_text().splitlines()) == 24
-    assert len(json.loads((out / "metrics.json").read_text())) == 13
-    assert T5Config(**HINT.from_pretrained(out).t5.config.__dict__).vocab_size == 32_100 and isinstance(
-        load_model(out).t5, T5
-    )
+    run("finetune", "--data", SHARED / "sni", "--size", "toy", "--tokenizer", SHARED / "t5", "--out", out, "--steps", 2, *FAST,
+        "--max-instances", 2, "--max-instruction", 64, "--max-target", 4, *SIZES)  # fmt: skip
+    tasks = load_tasks(SHARED / "sni", "test", 2)
+    assert [row["id"] for row in rows_of(out)] == [instance.id for task in tasks for instance in task.instances]
+    categories, metrics = {f"category {task.category}" for task in tasks}, json.loads((out / "metrics.json").read_text())
+    assert set(metrics) == {task.name for task in tasks} | categories | {"overall"} and len(categories) > 1
+    assert load_model(out).t5.config.vocab_size == 32_100
