@@ -284,7 +284,8 @@ def attend(query: Tensor, parts: Sequence[KeyValue], bias: Tensor, dropout: Call
         bias = F.pad(bias, (prefix, 0))
     scores = scores + bias
     weights = dropout(scores.softmax(dim=-1).type_as(query))
-    pieces = weights.split([part.key.shape[2] for part in parts], dim=-1)
+    lengths = [part.key.shape[2] for part in parts]
+    pieces = weights.split(lengths, dim=-1) if len(parts) > 1 else [weights]
     return sum(torch.einsum("bhts,bhsk->bhtk", piece, part.value) for piece, part in zip(pieces, parts))
 
 
@@ -618,7 +619,9 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], name_in_file: Callable[[s
         "lacks": expected.keys() - known,
         "has no place in this model for": tensors.keys() - known,
         "and its config differ in the shape of": {n for n in known if tensors[n].shape != expected[n][1].shape},
-        "has numbers that are not finite in": {n for n in known if not tensors[n].isfinite().all()},
+        "has whole, infinite or missing numbers in": {
+            n for n in known if not (tensors[n].is_floating_point() and tensors[n].isfinite().all())
+        },
     }
     for complaint, names in wrong.items():
         if names:

@@ -132,7 +132,7 @@ class Settings:
     generator: str | None = option(None, "writer of the modules", group=ABLATION, choices=CHOICES["generator"])
     modules: str | None = option(None, "generated modules", group=ABLATION, choices=CHOICES["modules"])
     fusion: bool | None = option(None, "decoder reads the instruction's states", group=ABLATION)
-    hyperencoder: str | None = option(None, "who reads", group=ABLATION, choices=CHOICES["hyperencoder"])
+    hyperencoder: str | None = option(None, "reads the instruction", group=ABLATION, choices=CHOICES["hyperencoder"])
     trains: str | None = option(None, "weights that train", group=ABLATION, choices=CHOICES["trains"])
     microbatch: int = option(4096, "tokens at once, with padding and the generator's price", group=SPEED)
     group: int = option(1, "neighbours in the data that share a batch", ("finetune",), SPEED)
@@ -650,8 +650,8 @@ def finetune(settings: Settings) -> None:
 def evaluate(settings: Settings) -> None:
     """Score a model on a split: a folder of this project, or a public T5 such as Tk-Instruct."""
     out = Path(settings.out)
-    files = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if out.is_file() or "model.safetensors" in files or not all(re.fullmatch(FILES, name) for name in files):
+    files = {path.name.removesuffix(".partial") for path in out.iterdir()} if out.is_dir() else set()
+    if out.is_file() or not files <= {"config.json", "metrics.json", "predictions.jsonl"}:
         raise InputError(f"{out}: holds something else than an evaluation; name another --out")
     answerer = answerer_of(settings)
     settings = answerer.settings

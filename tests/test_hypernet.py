@@ -116,7 +116,7 @@ def test_gradients_reach_every_row_of_every_parameter_that_trains_and_no_other(c
 
 @all_cases
 def test_a_mixed_batch_gives_each_example_what_it_gets_alone(case):
-    """Four examples, of which two share a task; then one input for all, so that answers differ by the task alone."""
+    """First in one loss, then with one input for all, so that answers differ by the task alone."""
     model = model_of(case)
     model.t5.lm_head.weight.data[EOS] = 0
     instructions, inputs, labels = instructions_of(model, 4), random_ids(4, 9), random_ids(4, 6)
@@ -160,8 +160,7 @@ def test_a_saved_model_and_kept_tasks_of_any_kind_are_read_as_they_were(case, tm
     found = load_model(tmp_path)
     assert found.config == model.config and found.state_dict().keys() == model.state_dict().keys()
     assert torch.equal(found(instructions, inputs, labels).loss, model(instructions, inputs, labels).loss)
-    trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, found)]
-    assert trained[0] == trained[1] and 0 < len(trained[0]) < len(list(model.parameters()))
+    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in model.parameters()]
     for count in (1, 3):
         task = model.encode_instruction(instructions[:count])
         model.save_task(task, tmp_path / "task")
@@ -215,7 +214,6 @@ def columns_loop(w, kind, number, place, states):
 
 
 def direct_loop(w, kind, number, place, states):
-    """The instruction is not read."""
     return network_loop(w, kind, w[f"hypernetwork.embeddings.{kind}"][number])
 
 
@@ -396,8 +394,7 @@ def test_dropout_and_scale_of_the_config_reach_the_generator():
         return GENERATORS["columns"](T5(tiny_config()), HINTConfig(bottleneck=4, prefix_length=3, **changes))
 
     small, large = generator_of(), generator_of(embedding_scale=3.0, generator_dropout=0.3)
-    for name, embedding in small.embeddings.items():
-        torch.testing.assert_close(large.embeddings[name], 3 * embedding)
+    assert all(torch.allclose(large.embeddings[name], 3 * embedding) for name, embedding in small.embeddings.items())
     assert torch.cat([*small.embeddings.values()]).std().item() == pytest.approx(24**-0.5, rel=0.1)
     assert [p.p for p in large.networks.modules() if isinstance(p, torch.nn.Dropout)] == [0.3] * 6
     given = torch.randn(1, 7, 24), torch.ones(1, 7, dtype=torch.long)
@@ -408,8 +405,7 @@ def test_dropout_and_scale_of_the_config_reach_the_generator():
 
 def test_fresh_weights_are_scaled_by_what_goes_into_them():
     """W_q also has the 1/sqrt(k) that the scores lack."""
-    config = HINTConfig(bottleneck=16, prefix_length=8)
-    generator = GENERATORS["columns"](T5(tiny_config(d_model=256, d_kv=64)), config)
+    generator = GENERATORS["columns"](T5(tiny_config(d_model=256, d_kv=64)), HINTConfig(bottleneck=16, prefix_length=8))
     q, k, v, o = (getattr(generator.attention, part) for part in "qkvo")
     wanted = {q: (256 * 64) ** -0.5, k: 256**-0.5, v: 256**-0.5, o: 192**-0.5}
     wanted |= {layer: 256**-0.5 for network in generator.networks.values() for layer in (network[0], network[-1])}
@@ -432,9 +428,7 @@ def test_choices_and_sizes_that_make_no_sense_are_refused():
 
 
 def test_a_combination_that_is_not_refused_has_a_use_for_each_parameter_that_trains():
-    """All combinations of choices, but that two stand for all kinds of modules. A parameter without a gradient has no
-    state in Adafactor, and its run could not go on.
-    """
+    """All combinations, but that two stand for all kinds of modules. Adafactor could not resume without a gradient."""
     allowed, texts = 0, (random_ids(2, 5), random_ids(2, 4), random_ids(2, 3))
     choices = {**CHOICES, "modules": ("adapters+prefixes", "lora"), "fusion": (True, False)}
     for values in itertools.product(*choices.values()):
@@ -468,12 +462,11 @@ def test_parameters_at_public_sizes_are_those_of_a_formula_and_do_not_grow_with_
     c, r, P = SIZES[size], 512, 30
     d, inner = c.d_model, c.num_heads * c.d_kv
     columns = 2 * c.num_layers * (2 * r + 2) + 3 * c.num_layers * 2 * P
-    networks = 3 * 2 * d * d + (d * d + d * r) + 2 * (d * d + d * inner)
+    networks = 6 * d * d + (d * d + d * r) + 2 * (d * d + d * inner)
     with torch.device("meta"):
         model = HINT(T5(c), HINTConfig(trains="hypernetwork+norms"))
-    norms = (2 * c.num_layers + 3 * c.num_decoder_layers + 2) * d
-    assert parameters(model, trained=True) - norms == parameters(model.hypernetwork) == PARAMETERS[size]
-    assert columns * d + 4 * d * inner + networks == PARAMETERS[size]
+    assert parameters(model, trained=True) - (5 * c.num_layers + 2) * d == parameters(model.hypernetwork)
+    assert parameters(model.hypernetwork) == columns * d + 4 * d * inner + networks == PARAMETERS[size]
 
 
 @pytest.mark.parametrize("generator, count", [("hyperformer++", 5_163_440), ("hyperformer", 10_241_760)])

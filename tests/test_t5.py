@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import t5
-from t5 import EOS, NO_LABEL, PAD, START, T5, InputError, KeyValue, LayerModules, Modules, map_tensors
+from t5 import EOS, NO_LABEL, PAD, START, T5, InputError, LayerModules
 
 FAMILIES = {  # as the hub has them
     "v1.0": dict(feed_forward_proj="relu", tie_word_embeddings=True),

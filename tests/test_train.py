@@ -30,7 +30,7 @@ from data import (
 from hint import HINT, HINTConfig, load_model
 from t5 import T5
 
-pytestmark = pytest.mark.usefixtures("quick_disk")
+pytestmark = pytest.mark.usefixtures("quick_disk", "known_price")
 NO_DROPOUT = "--dropout 0 --generator-dropout 0".split()
 LONGER = "--max-instruction", 120  # with examples
 
@@ -266,7 +266,7 @@ def test_embeddings_are_those_of_the_tasks_that_they_were_trained_for(tmp_path, 
     one, system = tmp_path / "one", ("--system", "hyperformer++", "--examples", 1)
     finetune(sni, small.start, one, "--steps", 1, *system)
     evaluate = "evaluate", "--model", one, "--data", sni, "--examples", 0, "--out", tmp_path / "known"
-    refused(*evaluate, names=["test_1", "--examples"])
+    refused(*evaluate, names=["test_1"])
     run(*evaluate, "--split", "train")
     assert len(rows_of(tmp_path / "known")) == 15
     refused("predict", "--model", one, "--instruction", "x", "y", names=[one])
@@ -292,10 +292,13 @@ def test_an_evaluation_made_again_replaces_its_own_files_and_touches_no_others(t
     assert len(rows_of(out)) == 6 and config_of(out)["max_instances"] == 3
     assert {path.name for path in out.iterdir()} == {"config.json", "metrics.json", "predictions.jsonl"}
     (out / "notes.txt").write_text("mine")
-    before = {path: path.read_bytes() for folder in (out, small.run, small.start) for path in folder.iterdir()}
-    for folder in (out, small.run, small.start, out / "notes.txt"):
+    (tmp_path / "vocabulary").mkdir()
+    shutil.copy(small.run / "tokenizer.json", tmp_path / "vocabulary")
+    folders = out, small.run, small.start, tmp_path / "vocabulary"
+    before = {path: path.read_bytes() for folder in folders for path in folder.iterdir()}
+    for folder in (*folders, out / "notes.txt"):
         refused(*words[:-1], folder, names=[folder])
-    assert {path: path.read_bytes() for folder in (out, small.run, small.start) for path in folder.iterdir()} == before
+    assert {path: path.read_bytes() for folder in folders for path in folder.iterdir()} == before
 
 
 def test_a_public_t5_reads_as_tk_instruct_unless_told_otherwise(small, capsys):
@@ -355,30 +358,17 @@ def test_inputs_come_from_arguments_a_file_or_standard_input(tmp_path, small, ca
 
 
 def test_closed_standard_streams_do_no_harm(tmp_path, small, monkeypatch):
-    """A reader who has seen enough, a run without standard output and error, and one without standard input."""
+    """A reader who has seen enough, and a run without standard output and error."""
     reader, writer = os.pipe()
     os.close(reader)
-    ask = "predict", "--model", small.run, "--instruction", "x"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", open(writer, "w"))
-        assert said(*ask, "y") == (1, "")
+        assert said("predict", "--model", small.run, "--instruction", "x", "y") == (1, "")
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", None)
         patch.setattr(sys, "stderr", None)
         finetune(small.sni, small.start, tmp_path / "run", "--steps", 2, "--eval-every", 1)
     assert rows_of(tmp_path / "run")
-    monkeypatch.setattr(sys, "stdin", None)
-    refused(*ask)
-
-
-def test_halves_of_characters_are_read_as_question_marks(tmp_path, sni, small, capsys):
-    """JSON and command lines may hold them; tokenizers and files may not."""
-    path = sni / "tasks" / "test_1.json"
-    text = path.read_text().replace("the cat sat", "the \\ud800 sat").replace("out 0", "out \\ud83d")
-    path.write_text(text.replace('"id": "', '"id": "\\ud800'))
-    run("evaluate", "--model", small.run, "--data", sni, "--out", tmp_path / "out")
-    assert rows_of(tmp_path / "out")[0]["references"][0] == "out ?" and rows_of(tmp_path / "out")[0]["id"][0] == "?"
-    assert len(answers_of(capsys, "--model", small.run, "--instruction", "a \udcff b", "in \udcff")) == 1
 
 
 def test_options_of_answering_act(tmp_path, small, spiece, monkeypatch):
@@ -395,26 +385,20 @@ def test_options_of_answering_act(tmp_path, small, spiece, monkeypatch):
     assert len(read) == 6 and read[0] == read[2] != read[4], "each instruction is read once, with its examples"
 
 
-def test_a_model_answers_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path, small):
+def test_a_model_answers_in_the_precision_it_was_trained_in_unless_told_otherwise(tmp_path, small, monkeypatch):
     """Only products are in bf16, over weights in fp32."""
     seen, real = set(), torch.nn.Linear.forward
 
-    def look(layer, out):
-        if not out.is_meta:  # where costs are counted
-            seen.add((layer.weight.dtype, out.dtype))
-        return out
+    def forward(layer, x):
+        out = real(layer, x)
+        return out if out.is_meta or seen.add((layer.weight.dtype, out.dtype)) else out
 
-    def kinds_in(action, *words) -> set:
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    finetune(small.sni, small.start, tmp_path / "run", "--steps", 1, "--precision", "bf16")
+    for more, kind in ((), torch.bfloat16), (("--precision", "fp32"), torch.float32):
+        run("predict", "--model", tmp_path / "run", "--instruction", "x", "y", *more)
+        assert seen == {(torch.float32, kind)}, "of the first, in training and in answering"
         seen.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.nn.Linear, "forward", lambda self, x: look(self, real(self, x)))
-            action(*words)
-        return set(seen)
-
-    bf16, fp32 = {(torch.float32, torch.bfloat16)}, {(torch.float32, torch.float32)}
-    assert kinds_in(finetune, small.sni, small.start, tmp_path / "run", "--steps", 1, "--precision", "bf16") == bf16
-    ask = "predict", "--model", tmp_path / "run", "--instruction", "x", "y"
-    assert kinds_in(run, *ask) == bf16 and kinds_in(run, *ask, "--precision", "fp32") == fp32
 
 
 # ------------------------------------------------------------------------ the loop
@@ -490,7 +474,7 @@ def test_the_log_means_losses_and_counts_the_tokens_and_time_of_training_alone(t
 CHANGES = [  # options that change the gradient of a run
     "learning-rate 0.05", "warmup 2", "final-rate 0.1", "dropout 0.4", "seed 5", "batch-size 2", "group 2", "max-instances 1", "max-input 8",
     "max-instruction 8", "max-target 2", "examples 1", "precision bf16", "bottleneck 4", "prefix-length 3", "generator-dropout 0.8",
-    "embedding-scale 8.0", "system hypter", "generator pooled", "modules lora", "no-fusion", "hyperencoder own", "trains hypernetwork", "steps 2",
+    "embedding-scale 8.0", "system hypter", "generator pooled", "modules lora", "no-fusion", "hyperencoder own", "trains hypernetwork", "steps 1",
 ]  # fmt: skip
 KEEPS = ["microbatch 1", "gradient-checkpointing", "log-every 1", "save-every 1", "eval-every 1", "eval-batch-size 1"]
 OF_OTHER_TESTS = set("help data out start size tokenizer setting resume compile shard fusion".split())
@@ -520,14 +504,14 @@ def plain(small) -> tuple[list[float], list]:
     """Losses of a run without dropout, and its calls of layers. Dropout could hide a change, or make one that is none."""
     calls = []
     with counting(calls):
-        finetune(small.sni, small.start, small.run.with_name("plain"), "--steps", 3, *NO_DROPOUT)
+        finetune(small.sni, small.start, small.run.with_name("plain"), "--steps", 2, *NO_DROPOUT)
     return [loss for _, loss in losses_of(small.run.with_name("plain"))], calls
 
 
 @pytest.mark.parametrize("words", CHANGES)
 def test_each_option_of_training_changes_the_run_and_is_kept(tmp_path, small, plain, words):
-    finetune(small.sni, small.start, tmp_path / "run", "--steps", 3, *NO_DROPOUT, *f"--{words}".split())
-    assert [loss for _, loss in losses_of(tmp_path / "run")] != plain[0]
+    finetune(small.sni, small.start, tmp_path / "run", "--steps", 2, *NO_DROPOUT, *f"--{words}".split())
+    assert [loss for _, loss in losses_of(tmp_path / "run")] != pytest.approx(plain[0], abs=1e-5)
     name, _, value = words.replace("no-fusion", "fusion False").partition(" ")
     assert str(config_of(tmp_path / "run")[name.replace("-", "_")]) == value
 
@@ -536,7 +520,7 @@ def test_each_option_of_training_changes_the_run_and_is_kept(tmp_path, small, pl
 def test_options_of_speed_and_of_the_log_change_no_loss(tmp_path, small, plain, words):
     calls = []
     with counting(calls):
-        finetune(small.sni, small.start, tmp_path / "run", "--steps", 3, *NO_DROPOUT, *f"--{words}".split())
+        finetune(small.sni, small.start, tmp_path / "run", "--steps", 2, *NO_DROPOUT, *f"--{words}".split())
     assert [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(plain[0], abs=1e-5)
     assert words != "gradient-checkpointing" or len(calls) > len(plain[1]), "layers are computed again"
 
@@ -547,22 +531,8 @@ def test_a_compiled_pass_has_the_same_losses(tmp_path, small, plain, monkeypatch
     graphs, real = [], torch.nn.Module.compile
     backend = lambda graph, inputs: graphs.append(graph) or graph  # noqa: E731
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend=backend, **how))
-    finetune(small.sni, small.start, tmp_path / "run", "--steps", 3, *NO_DROPOUT, "--compile")
+    finetune(small.sni, small.start, tmp_path / "run", "--steps", 2, *NO_DROPOUT, "--compile")
     assert graphs and [loss for _, loss in losses_of(tmp_path / "run")] == pytest.approx(plain[0], abs=1e-5)
-
-
-def test_dropout_reaches_t5_and_the_generator_s_attention_and_its_networks_have_their_own(tmp_path, small, monkeypatch):
-    rates, real = {}, train.accumulate_gradient
-
-    def look(model, *rest):
-        rates.update((name, part.p) for name, part in model.named_modules() if isinstance(part, torch.nn.Dropout))
-        return real(model, *rest)
-
-    monkeypatch.setattr(train, "accumulate_gradient", look)
-    finetune(small.sni, small.start, tmp_path / "run", "--steps", 1, "--dropout", 0.3, "--generator-dropout", 0.2)
-    networks = {name for name in rates if "networks" in name}
-    assert {rates[name] for name in networks} == {0.2} and {rates[name] for name in rates.keys() - networks} == {0.3}
-    assert "hypernetwork.attention.dropout" in rates
 
 
 def test_finetuning_sees_the_training_split_alone_and_a_task_listed_twice_once(tmp_path, sni, small, monkeypatch):
@@ -608,7 +578,7 @@ WRONG_INPUTS = {  # the paths or options that the sentence names
     "finetune --data {no} --start {start} --out {out}": "{no}", "finetune --data {sni} --start {no} --out {out}": "{no}",
     "finetune --data {sni} --start {sni} --out {out}": "{sni}", "finetune --data {sni} --start {run} --out {start}": "{start}",
     "finetune --data {sni} --start {start} --tokenizer {no} --out {out}": "{no}",
-    TRAINING + " --setting joint": "{sni}", TRAINING + " --system hyperformer": "--examples", TRAINING + " --shard": "--shard",
+    TRAINING + " --setting joint": "{sni}", TRAINING + " --system hyperformer": "test_1", TRAINING + " --shard": "--shard",
     "finetune --data {sni} --start {start} --out {start} --resume": "{start}", "finetune --data {sni} --start {start} --out {file}": "{file}",
     "finetune --data {sni} --start {start} --out {file} --resume": "{file}",
     "finetune --data {sni} --start {start} --out {file}/sub --steps 1": "{file}", "evaluate --model {run} --data {sni} --out {file}/sub": "{file}",
@@ -639,7 +609,8 @@ def test_what_cannot_be_done_ends_at_once_in_one_sentence_and_leaves_nothing_beh
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_and_fresh_weights_fit_theirs(tmp_path, sni, start):
     size = load_tokenizer(start).get_vocab_size()
     finetune(sni, start, tmp_path / "fresh", "--steps", 1)
-    run("finetune", "--data", sni, "--size", "toy", "--tokenizer", start, "--out", tmp_path / "toy", "--steps", 1, *SIZES, *FAST)
+    run("finetune", "--data", sni, "--size", "toy", "--tokenizer", start, "--out", tmp_path / "toy", "--steps", 1, "--max-target", 4,
+        *SIZES, *FAST)  # fmt: skip
     assert load_model(tmp_path / "toy").t5.config == replace(t5.SIZES["toy"], vocab_size=size)
     tiny_t5(vocab_size=64).save_pretrained(start)
     refused(sni, start, tmp_path / "run", by=finetune, names=[start, size, 64])
