@@ -938,7 +938,7 @@ def main(words: Sequence[str] | None = None) -> None:
     except OSError as error:
         fail(f"{error.filename or settings.out or 'a file'}: {error.strerror or error}")
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):  # of a CPU
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
         fail("the memory is full; take a smaller --microbatch (or --eval-batch-size, in answering)")
     except Stopped as stop:
