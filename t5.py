@@ -152,7 +152,7 @@ class Adapter(NamedTuple):
 
 
 class LoRA(NamedTuple):
-    """Low-rank changes of W_q and W_v of one attention (Hu et al., 2022): x (W + down up)."""
+    """Low-rank changes of W_q and W_v of one attention (Hu et al., 2022): x (W + down up), with alpha/r = 1/r in up."""
 
     query_down: Tensor  # [B or 1, d, r]
     query_up: Tensor  # [B or 1, r, I]

@@ -678,7 +678,7 @@ def predict(settings: Settings) -> None:
         model.save_task(encoded, settings.save_task)
     file = settings.file or (None if settings.inputs or settings.save_task else "-")
     lines = chain(settings.inputs, read_lines(file) if file else ())
-    with open(settings.out, "w", encoding="utf-8") if settings.out else nullcontext(sys.stdout) as out:
+    with open(settings.out, "x", encoding="utf-8") if settings.out else nullcontext(sys.stdout) as out:
         while texts := list(islice(lines, settings.eval_batch_size)):
             instances = tuple(Instance(str(number), valid(text), ()) for number, text in enumerate(texts))
             for answer in answerer.answers(replace(task, instances=instances), encoded):

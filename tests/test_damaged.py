@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    SENTENCES, SIZES, finetune, log_of, make_sni, make_start, random_ids, run, said, tiny_hint, write_prompted, write_shards,
+    SENTENCES, SIZES, finetune, log_of, make_sni, make_start, random_ids, run, said, write_prompted, write_shards,
 )  # fmt: skip
 
 import t5
 from data import HINTFormat, PretrainingChunks, TkInstructFormat, load_tasks, load_tokenizer, toy_tokenizer
-from hint import HINT, load_model
+from hint import load_model
 from t5 import T5, InputError
 
 pytestmark = pytest.mark.usefixtures("quick_disk")
@@ -279,12 +279,3 @@ def test_settings_of_a_run_that_make_no_sense_are_refused(files, tmp_path, chang
     path.write_text(json.dumps({**config, **change} if "run" in change else {**config, "run": {**config["run"], **change}}))
     with pytest.raises(InputError, match=f"config.json.*{'' if 'run' in change else min(change)}"):
         predict(path)
-
-
-def test_a_folder_without_a_model_is_refused(files, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"run": json.loads((files / "finetuned/config.json").read_text())["run"]}))
-    for reader in (T5.from_pretrained, HINT.from_pretrained, load_model, load_tokenizer):
-        with pytest.raises(InputError, match=str(tmp_path)):
-            reader(tmp_path)
-    with pytest.raises(InputError, match="a.task"):
-        tiny_hint().load_task(files / "finetuned/a.task")
