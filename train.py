@@ -183,9 +183,9 @@ class Settings:
     @classmethod
     def from_json(cls, config: dict) -> Settings | None:
         """Read the settings in a `config.json`; a public model has none. Raises ValueError."""
-        if "run" not in config:
+        if (run := config.get("run")) is None:
             return None
-        known = {item.name: config["run"][item.name] for item in fields(cls) if item.name in config["run"]}
+        known = {item.name: run[item.name] for item in fields(cls)[1:] if item.name in run}  # all but the command
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 

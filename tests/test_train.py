@@ -634,3 +634,17 @@ def test_the_real_data_train_and_score_with_the_real_vocabulary(tmp_path):
     categories, metrics = {f"category {task.category}" for task in tasks}, json.loads((out / "metrics.json").read_text())
     assert set(metrics) == {task.name for task in tasks} | categories | {"overall"} and len(categories) > 1
     assert load_model(out).t5.config.vocab_size == 32_100
+
+
+def test_a_folder_that_keeps_fewer_settings_still_answers_and_trains_on(tmp_path, sni, start):
+    """Folders of earlier versions name the command, but not all that the command needs today."""
+    finetune(sni, start, tmp_path / "run", "--steps", 1)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("out", "start", "data"):
+        del config["run"][name]
+    path.write_text(json.dumps(config))
+    run("evaluate", "--model", tmp_path / "run", "--data", sni, "--out", tmp_path / "scores")
+    assert "overall" in json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    finetune(sni, tmp_path / "run", tmp_path / "next", "--steps", 1)
+    assert (tmp_path / "next" / "model.safetensors").is_file()
