@@ -12,6 +12,7 @@ from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t5 import (
@@ -144,7 +145,11 @@ class InstructionReader(Attention):
 
     def forward(self, columns: Tensor, states: Tensor, attention_mask: Tensor) -> Tensor:
         """C [1, N, d], an encoded instruction [B, S, d] and its mask [B, S] -> Z [B, N, d]"""
-        return super().forward(columns, [self.project(states)], padding_bias(attention_mask))
+        query = self.split(self.q(columns)).expand(len(states), -1, -1, -1)  # [B, h, N, k]
+        bias, dropout = padding_bias(attention_mask).type_as(query), self.dropout.p * self.training
+        # Use torch's fused attention: on a GPU it keeps no scores [B, h, N, S], and N is in the ten thousands.
+        z = F.scaled_dot_product_attention(query, *self.project(states), bias, dropout, scale=1.0)  # [B, h, N, k]
+        return self.o(z.transpose(1, 2).flatten(2))
 
 
 class ColumnGenerator(Generator):

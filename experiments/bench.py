@@ -19,6 +19,7 @@ import tempfile
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Callable, Iterator
@@ -188,6 +189,27 @@ def epoch(given: argparse.Namespace) -> Iterator[dict[str, str]]:
         }  # fmt: skip
 
 
+def groups(given: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """Seconds an example of a step on 16 real examples with `--group` 1, 2, 4, 8, the defaults of HINT, fp32."""
+    tokenizer, tasks = data.load_tokenizer(given.tokenizer), data.load_tasks(given.data, "train", 8)
+    formats = {"hint": data.HINTFormat(tokenizer), "tk-instruct": data.TkInstructFormat(tokenizer)}
+    t5 = T5(SIZES[given.size])
+    models = {"hint": HINT(t5, HINTConfig()).train(), "tk-instruct": PlainT5(t5).train()}
+    for group in (1, 2, 4, 8):
+        chosen = random.Random(0).sample(tasks, 32 // group)  # of two batches
+
+        def step(name: str) -> None:
+            examples = data.encode_tasks(chosen, formats[name], 256, seed=0)
+            price = price_in_tokens(models[name])
+            for batch in range(2):
+                part = [examples[task * 8 + i] for task in range(batch, len(chosen), 2) for i in range(group)]
+                accumulate_gradient(models[name], part, 4096, price, nullcontext)
+
+        a, b = race(*(partial(step, name) for name in models), rounds=1)
+        line = {"group": f"{group}", "hint (s)": f"{a / 32:.2f}", "tk-instruct (s)": f"{b / 32:.2f}"}
+        yield {**line, "hint / tk-instruct": f"{a / b:.2f}"}
+
+
 def evaluation(given: argparse.Namespace) -> Iterator[dict[str, str]]:
     """20 inputs of each test task, 16 new tokens: HINT here, Tk-Instruct in `transformers`."""
     both, tokenizer = Contestants(given.size), data.load_tokenizer(given.tokenizer)
@@ -256,7 +278,7 @@ def one_step(size: str, contestant: str, rows: int, kind: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-ROWS = (training, generation, answering, evaluation, epoch, scoring, memory)
+ROWS = (training, generation, answering, evaluation, epoch, groups, scoring, memory)
 
 
 def main() -> None:
@@ -266,8 +288,8 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of T5 v1.1 (default: small)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
-    parser.add_argument("--data", help="Super-NaturalInstructions, for epoch and evaluation")
-    parser.add_argument("--tokenizer", help="T5's vocabulary, for epoch and evaluation")
+    parser.add_argument("--data", help="Super-NaturalInstructions, for epoch, groups and evaluation")
+    parser.add_argument("--tokenizer", help="T5's vocabulary, for epoch, groups and evaluation")
     given = parser.parse_args()
     if unknown := set(given.rows) - set(names):
         parser.error(f"no row is called {', '.join(unknown)}")
@@ -276,7 +298,7 @@ def main() -> None:
     logging.disable_progress_bar()
     print(f"`{shlex.join(['python', 'experiments/bench.py', *sys.argv[1:]])}`; {machine()}, {given.threads} thread(s).")
     for function in ROWS:
-        needs_data = function in (epoch, evaluation)
+        needs_data = function in (epoch, groups, evaluation)
         if function.__name__ in given.rows or (not given.rows and (given.data or not needs_data)):
             if needs_data and not (given.data and given.tokenizer):
                 parser.error(f"{function.__name__} needs --data and --tokenizer")

@@ -1,0 +1,139 @@
+"""Count the memory of a training step on the meta device, before anything is trained.
+
+    python experiments/memory.py --size xl --system hint --gradient-checkpointing
+    python experiments/memory.py --size small --lengths 64 128 16 --measure
+
+All options of `python train.py finetune` that change the memory of a step are taken. bf16 is counted unless
+`--precision fp32` is given. `--measure` also takes the step, in fp32 or bf16 on this machine's CPU.
+"""
+
+import argparse
+import resource
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+from data import Ids, collate, microbatches
+from hint import HINT, PlainT5, on_meta, price_in_tokens
+from report import markdown
+from t5 import SIZES, T5, set_gradient_checkpointing
+from train import Settings, accumulate_gradient, adafactor, device_and_precision, settings_of
+
+PRODUCTS = (F.linear, torch.einsum, Tensor.matmul, Tensor.__matmul__, F.scaled_dot_product_attention)
+
+
+class Bf16Products(TorchFunctionMode):
+    """Do as autocast does, which the meta device has not: products in bf16, each weight cast once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: dict[int, Tensor] = {}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            args = [self.cast(item) for item in args]
+        return function(*args, **(kwargs or {}))
+
+    def cast(self, item):
+        if not isinstance(item, Tensor) or item.dtype != torch.float32:
+            return item
+        if not isinstance(item, nn.Parameter):
+            return item.bfloat16()
+        return self.casts.setdefault(id(item), item.bfloat16())
+
+
+def kept_bytes(model: HINT, batch, bf16: bool) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass: of the whole model, and of its largest recomputable part."""
+    weights = {id(weight.untyped_storage()) for weight in model.parameters()}
+    kept: dict[int, tuple] = {}  # by storage: the storage, and the part that keeps it first
+    inside: list[nn.Module] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in weights:
+            kept.setdefault(id(storage), (storage, inside[-1] if inside else None))
+        return tensor
+
+    generator = model.hypernetwork
+    networks = [generator.attention, *generator.networks.values()] if hasattr(generator, "attention") else []
+    handles = []
+    for part in (*model.t5.encoder.blocks, *model.t5.decoder.blocks, *filter(None, networks)):
+        handles.append(part.register_forward_pre_hook(lambda part, _: inside.append(part)))
+        handles.append(part.register_forward_hook(lambda *_: inside.pop() and None))
+    with Bf16Products() if bf16 else nullcontext(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*batch)
+    for handle in handles:
+        handle.remove()
+    by_part: dict[object, int] = {}
+    for storage, part in kept.values():
+        by_part[part] = by_part.get(part, 0) + storage.nbytes()
+    return sum(by_part.values()), max((size for part, size in by_part.items() if part is not None), default=0)
+
+
+def fullest_microbatch(model: HINT, settings: Settings, lengths: tuple[int, int, int]) -> list[Ids]:
+    """Cut a batch of examples, `settings.group` of each task, as training does; return the part with most examples."""
+    told, source, target = lengths
+    if isinstance(model, PlainT5):  # reads the instruction with the input
+        source, told = source + told, 1
+    numbers = [2 + place // settings.group for place in range(min(settings.batch_size, 256))]
+    examples = [Ids([number] * told, [2] * source, [2] * target) for number in numbers]
+    return max(microbatches(examples, settings.microbatch, price_in_tokens(model)), key=len)
+
+
+def step_bytes(model: HINT, examples: list[Ids], settings: Settings) -> dict[str, float]:
+    """Count the bytes of a step on a model on the meta device, from its second microbatch on."""
+    bf16, batch = settings.precision != "fp32", collate(examples)
+    numbers = sum(weight.numel() for weight in model.parameters())
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    logits = sum(len(ids.target) for ids in examples) * model.t5.config.vocab_size
+    set_gradient_checkpointing(model.train(), False)
+    kept, largest = kept_bytes(model, batch, bf16)
+    working = 2 * 4 * logits  # their gradient, and that of their exponentials
+    if settings.gradient_checkpointing:
+        set_gradient_checkpointing(model, True)
+        kept = kept_bytes(model, batch, bf16)[0]
+        working += 1.5 * largest + 2 * numbers * bf16  # recomputed, with gradients of half the size; weights cast to bf16
+    return {"weights": 4 * numbers, "gradients": 4 * trained, "activations": kept, "working space": working}
+
+
+def measured_bytes(model: HINT, examples: list[Ids], settings: Settings) -> int:
+    """Take a step of two microbatches, and return the most memory that it took: of the GPU, or of this process."""
+    device, precision = device_and_precision(settings.precision)
+    before = 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = (PlainT5(T5(model.t5.config)) if model.config is None else HINT(T5(model.t5.config), model.config)).to(device)
+    set_gradient_checkpointing(model.train(), settings.gradient_checkpointing)
+    optimizer = adafactor(model, settings.learning_rate)
+    for _ in range(2):
+        accumulate_gradient(model, examples, 10**9, 0, precision)  # as one part
+    optimizer.step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def main() -> None:
+    own = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    own.add_argument("--lengths", type=int, nargs=3, default=(96, 160, 16), metavar=("INSTRUCTION", "INPUT", "TARGET"))
+    own.add_argument("--measure", action="store_true", help="also take the step, on the GPU or CPU of this machine")
+    own, words = own.parse_known_args()
+    settings = settings_of(["finetune", "--data", ".", "--out", ".", "--tokenizer", ".", *words])
+    model = on_meta(SIZES[settings.size], settings.hint_config())
+    examples = fullest_microbatch(model, settings, own.lengths)
+    counted = step_bytes(model, examples, settings)
+    line = {"examples": str(len(examples)), **{name: f"{size / 1e9:.2f}" for name, size in counted.items()}}
+    line["in all (GB)"] = f"{sum(counted.values()) / 1e9:.2f}"
+    if own.measure:
+        line["measured (GB)"] = f"{measured_bytes(model, examples, settings) / 1e9:.2f}"
+    print(markdown([line]))
+
+
+if __name__ == "__main__":
+    main()
