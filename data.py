@@ -735,31 +735,31 @@ KINDS = {
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 ARGUMENTS = "pom zet quib larn voft mish drel tunk wob fep glim narv brask crell dorf ennet flin gruv hesk jilt".split()
 OR_LAST = " or last"  # "fruit or last" selects the fruit, or the last word if there is no fruit
-_OTHERWISE = ["(else the last word)", "or else the final word", "(without one, the last word)"]
+_OTHERWISE = ["(else the last word)", "or else the final word"]
 _SELECTIONS = {  # wordings for each selection of a word
-    "first": ["the first word", "the word in front", "the word at the start"],
-    "last": ["the last word", "the final word", "the word at the end"],
-    **{kind: [f"the {kind}", f"the {kind} in it", f"the word for the {kind}"] for kind in KINDS},
+    "first": ["the first word", "the word in front"],
+    "last": ["the last word", "the final word"],
+    **{kind: [f"the {kind}", f"the {kind} in it"] for kind in KINDS},
     **{kind + OR_LAST: [f"the {kind} {otherwise}" for otherwise in _OTHERWISE] for kind in KINDS},
 }
 _TRANSFORMATIONS = {  # functions of the selected word, with wordings
-    "copy": (lambda word: word, ["{}", "{} as it is", "just {}"]),
-    "twice": (lambda word: f"{word} {word}", ["{} twice", "{} two times", "{} repeated once"]),
-    "negate": (lambda word: f"not {word}", ["{} negated", "the negation of {}", "{} with not before it"]),
-    "praise": (lambda word: f"good {word}", ["{} praised", "praise for {}", "{} with good before it"]),
-    "greet": (lambda word: f"hello {word}", ["{} greeted", "a greeting to {}", "{} with hello before it"]),
-    "plural": (lambda word: f"{word}s", ["the plural of {}", "{} in the plural", "{} with an s at its end"]),
-    "initial": (lambda word: word[0], ["the initial of {}", "the first letter of {}", "the letter that begins {}"]),
-    "length": (lambda word: str(len(word)), ["the length of {}", "how long {} is", "the number of letters in {}"]),
-    "kind": (KIND_OF.__getitem__, ["the kind of {}", "what sort of thing {} is", "the category of {}"]),
+    "copy": (lambda word: word, ["{}", "{} as it is"]),
+    "thank": (lambda word: f"thanks {word}", ["{} thanked", "thanks to {}"]),
+    "negate": (lambda word: f"not {word}", ["{} negated", "the negation of {}"]),
+    "praise": (lambda word: f"good {word}", ["{} praised", "praise for {}"]),
+    "greet": (lambda word: f"hello {word}", ["{} greeted", "a greeting to {}"]),
+    "plural": (lambda word: f"{word}s", ["the plural of {}", "{} in the plural"]),
+    "initial": (lambda word: word[0], ["the initial of {}", "the first letter of {}"]),
+    "length": (lambda word: str(len(word)), ["the length of {}", "how long {} is"]),
+    "kind": (KIND_OF.__getitem__, ["the kind of {}", "what sort of thing {} is"]),
 }
 _FRAMES = {  # wordings for the place of the argument
     "none": [""],
-    "begin": [", but start with {}", ", after the word {}", ", with {} in front"],
-    "end": [", and end with {}", ", followed by {}", ", with {} behind it"],
-    "both": [", between {0} and {0}", ", with {} on both sides", ", inside a pair of {}"],
+    "begin": [", but start with {}", ", after the word {}"],
+    "end": [", and end with {}", ", followed by {}"],
+    "both": [", between {0} and {0}", ", with {} on both sides"],
 }
-_VERBS, _JOINS = ["write", "give", "print"], ["{}, then {}", "first {} and then {}", "{} and {}"]
+_VERBS, _JOINS = ["write", "give", "print"], ["{}, then {}", "first {} and then {}"]
 
 
 class Slot(NamedTuple):
@@ -784,7 +784,7 @@ class Rule(NamedTuple):
             selected = words[:1] if selection == "first" else [word for word in words if KIND_OF[word] == kind]
             parts.append(_TRANSFORMATIONS[transformation][0]((selected or words[-1:])[0]))
         before, after = ([self.argument] * (self.frame in (side, "both")) for side in ("begin", "end"))
-        return " ".join(before + parts + after)
+        return " ".join([*before, " and ".join(parts), *after])
 
     def definition(self, draw: random.Random) -> str:
         """Draw a wording of the rule."""
@@ -817,29 +817,31 @@ class ToyWorld(NamedTuple):
 
 
 def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6, arguments: int = 12) -> ToyWorld:
-    """Draw a world of short word lists and instructions: "give the plural of the fruit, then the first word twice".
+    """Draw a world of short word lists and instructions: "give the plural of the fruit, then the first word thanked".
 
     A fifth of the pairs (argument, selection) are kept from training. So are 18 ordered pairs of transformations: each
-    transformation precedes two others, and follows two others, only in the unseen compositions.
+    transformation precedes two others, and follows two others, only in the unseen compositions, which ask each pair in
+    turn: four tasks of four instances.
     """
     draw = random.Random(f"toy/{seed}")
     kind_names, argument_words = list(KINDS)[:kinds], ARGUMENTS[:arguments]
     selections = ["first", "last", *kind_names, *(kind + OR_LAST for kind in kind_names)]
     ring = draw.sample(list(_TRANSFORMATIONS), len(_TRANSFORMATIONS))
-    unseen_orders = {(ring[i - step], ring[i]) for i in range(len(ring)) for step in (1, 2)}
+    unseen_orders = [(ring[i - step], ring[i]) for step in (1, 2) for i in range(len(ring))]
     pairs = list(product(argument_words, selections))
     unseen_pairs = set(draw.sample(pairs, len(pairs) // 5))
     rules: dict[str, Rule] = {}
 
-    def draw_rule(part: str) -> Rule:
+    def draw_rule(part: str, number: int) -> Rule:
+        asked = unseen_orders[number % len(unseen_orders)] if part == "unseen-compositions" else None
         while True:
             size = 1 if draw.random() < 0.3 else 2
             slots = tuple(Slot(draw.choice(selections), draw.choice(list(_TRANSFORMATIONS))) for _ in range(size))
             frame = draw.choice(list(_FRAMES))
             argument = "" if frame == "none" else draw.choice(argument_words)
             paired = any((argument, slot.selection) in unseen_pairs for slot in slots)
-            ordered = tuple(slot.transformation for slot in slots) in unseen_orders
-            if (paired, ordered) == (part == "unseen-arguments", part == "unseen-compositions"):
+            order = tuple(slot.transformation for slot in slots)
+            if (paired, order if order in unseen_orders else None) == (part == "unseen-arguments", asked):
                 return Rule(slots, frame, argument)
 
     def draw_task(name: str, size: int) -> Task:
@@ -853,11 +855,11 @@ def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6,
 
     def draw_tasks(part: str, number_of_tasks: int, size: int) -> list[Task]:
         names = [f"{part}-{number}" for number in range(number_of_tasks)]
-        rules.update((name, draw_rule(part)) for name in names)
+        rules.update((name, draw_rule(part, number)) for number, name in enumerate(names))
         return [draw_task(name, size) for name in names]
 
     train = draw_tasks("train", tasks, instances)
-    return ToyWorld(train, draw_tasks("unseen-arguments", 64, 4), draw_tasks("unseen-compositions", 64, 4), rules)
+    return ToyWorld(train, draw_tasks("unseen-arguments", 72, 4), draw_tasks("unseen-compositions", 72, 4), rules)
 
 
 def vague(world: ToyWorld) -> ToyWorld:

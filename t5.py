@@ -100,7 +100,7 @@ def check_fields(settings: object, bounds: dict[str, tuple[float, float]]) -> No
 
 
 SIZES = {  # T5 v1.1 and LM-adapt as published (xl has 3 billion parameters, xxl 11), and two sizes for a CPU
-    "toy": T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=1, num_heads=4),
+    "toy": T5Config(d_model=64, d_kv=16, d_ff=128, num_layers=1, num_decoder_layers=2, num_heads=4),
     "tiny": T5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2, num_heads=4),
     "small": T5Config(),
     "base": T5Config(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12),

@@ -25,13 +25,13 @@ from train import Answerer, Run, prompt_format, settings_of, train
 
 SETTINGS = {  # changes of the demo: its settings, its T5, its world
     "as in the demo": {},
-    "two decoder layers": dict(t5=dict(num_decoder_layers=2)),
+    "two encoder layers": dict(t5=dict(num_layers=2)),
     "d_model 96": dict(t5=dict(d_model=96, d_kv=24, d_ff=192), embedding_scale=96**0.5),
     "half the training tasks": dict(world=dict(tasks=2500)),
     "8 kinds of words, 20 arguments": dict(world=dict(kinds=8, arguments=20)),
     "one example beside the definition": dict(examples=1, max_instruction=128),
     "every example of another task": dict(group=1),
-    "4,000 steps": dict(steps=4000),
+    "3,000 steps": dict(steps=3000),
     "column embeddings of d^-0.5": dict(embedding_scale=1.0),
     "half the learning rate": dict(learning_rate=0.015),
 }

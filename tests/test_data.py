@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, product
@@ -459,7 +460,7 @@ def world():
 
 def test_the_toy_world_has_the_form_of_the_real_one_and_no_guess_is_often_right(world):
     words = toy_tokenizer()
-    assert [len(tasks) for tasks in world[:3]] == [5000, 64, 64]
+    assert [len(tasks) for tasks in world[:3]] == [5000, 72, 72]
     for task in (*world.train[:200], *world.unseen_arguments, *world.unseen_compositions):
         assert len(task.examples) == 5 and world.rules[task.name].argument in task.definition
         pairs = [*task.examples, *((i.input, i.references[0]) for i in task.instances)]
@@ -482,15 +483,17 @@ def test_neither_test_set_overlaps_with_training(world):
         orders.append({tuple(slot.transformation for slot in rule.slots) for rule in rules})
     trained = set().union(*pairs[0])
     assert all(of_task - trained for of_task in pairs[1]) and not any(of_task - trained for of_task in pairs[2])
-    assert not orders[2] & orders[0] and {slots[::-1] for slots in orders[2]} <= orders[0] and len(orders[2]) > 10
+    assert not orders[2] & orders[0] and {slots[::-1] for slots in orders[2]} <= orders[0] and len(orders[2]) == 18
+    asked = Counter(tuple(slot.transformation for slot in world.rules[task.name].slots) for task in world[2])
+    assert set(asked.values()) == {4}, "each held-out pair is asked equally often"
 
 
 def test_a_rule_means_what_its_definition_says():
     """Read by a person, not by the code that made them."""
     first = data.Rule((data.Slot("fruit", "plural"), data.Slot("tool or last", "kind")), "end", "pom")
-    second = data.Rule((data.Slot("first", "twice"), data.Slot("fruit or last", "negate")), "both", "pom")
-    assert first.answer("horse pear golf".split()) == "pears sport pom"
-    assert second.answer("horse pear golf".split()) == "pom horse horse not pear pom"
+    second = data.Rule((data.Slot("first", "thank"), data.Slot("fruit or last", "negate")), "both", "pom")
+    assert first.answer("horse pear golf".split()) == "pears and sport pom"
+    assert second.answer("horse pear golf".split()) == "pom thanks horse and not pear pom"
     said = [first.definition(random.Random(seed)) for seed in range(3000)]
     assert "write the plural of the fruit, then the kind of the tool (else the last word), and end with pom." in said
 
@@ -500,7 +503,7 @@ def test_the_toy_world_depends_on_the_seed_alone_and_stays_as_it_is():
     tasks = list(chain(*toy_world(0, tasks=200)[:3]))
     text = json.dumps([[task.name, task.definition, task.examples, task.instances] for task in tasks])
     digest = hashlib.sha256((text + toy_tokenizer().to_str()).encode())
-    assert digest.hexdigest() == "3f1e6fab162d1a1a106719a44679ebaf5cdace9b2fa3f3c917ed9fd64e14dfbe"
+    assert digest.hexdigest() == "3bc6be059a9215d07c33fcdf6ca4e3ea26945787befdc658d5e50b01221a35db"
     assert toy_world(1, tasks=9).train != toy_world(0, tasks=9).train
 
 

@@ -281,5 +281,5 @@ def test_the_demo_can_be_trained_with_every_setting():
     for changes in toy_settings.SETTINGS.values():
         replace(SIZES["toy"], **changes.get("t5", {}))
         replace(demo, **{name: value for name, value in changes.items() if name not in ("t5", "world")})
-    small = dict(t5=dict(num_decoder_layers=2), world=dict(tasks=20, instances=2), steps=2, warmup=1, max_new_tokens=1)
+    small = dict(t5=dict(num_layers=2), world=dict(tasks=20, instances=2), steps=2, warmup=1, max_new_tokens=1)
     assert [0 <= score <= 100 for score in toy_settings.run_setting(0, **small)] == [True, True]
