@@ -68,8 +68,7 @@ class HINT(nn.Module):
         The paper concatenates them. Here the states of one task stay a batch of 1 that all inputs [B, S] share.
         """
         source = self.t5.read(input_ids, attention_mask, task.modules)
-        has_states = task.states.shape[1] > 0
-        return [Source(task.states, task.attention_mask), source] if has_states else [source]
+        return [Source(task.states, task.attention_mask), source] if task.states.shape[1] else [source]
 
     def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
         """Instructions [B, Li], inputs [B, S] and labels [B, T] of a mixed-task batch -> its loss (section 3.3).

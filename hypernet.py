@@ -132,8 +132,7 @@ class Generator(nn.Module):
                     for name in ("query", "value")
                 )
                 loras.append(LoRA(query_down, query_up, value_down, value_up))
-        own, cross = prefixes[:1], prefixes[1:]
-        return LayerModules(adapter, own[0] if own else None, tuple(cross), *loras)
+        return LayerModules(adapter, prefixes[0] if prefixes else None, tuple(prefixes[1:]), *loras)
 
 
 class InstructionReader(Attention):

@@ -60,10 +60,6 @@ class T5Config:
         check_fields(self, bounds | dict.fromkeys(("dropout_rate", "layer_norm_epsilon"), (0, 0.99)))
         if self.feed_forward_proj not in ("relu", "gated-gelu"):
             raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r:.40} is not one of relu, gated-gelu")
-        if self.relative_attention_num_buckets % 4:
-            raise ValueError("relative_attention_num_buckets must be a multiple of 4")
-        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
-            raise ValueError("relative_attention_max_distance must exceed half the number of buckets")
 
     @classmethod
     def from_json(cls, config: dict) -> T5Config:

@@ -478,7 +478,7 @@ def test_shards_that_are_missing_or_lie_outside_are_refused(tmp_path):
 NONSENSE = {
     "d_model": ("24", -1, 10**12), "num_layers": (10**6,), "num_heads": (True,), "vocab_size": (2.5,),
     "feed_forward_proj": ("gated-silu",), "dropout_rate": (2, math.nan), "layer_norm_epsilon": ("small",),
-    "tie_word_embeddings": (1,), "relative_attention_num_buckets": (1, 6), "relative_attention_max_distance": (16,),
+    "tie_word_embeddings": (1,), "relative_attention_num_buckets": (0,), "relative_attention_max_distance": (-1,),
 }  # fmt: skip
 
 
