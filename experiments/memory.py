@@ -1,16 +1,20 @@
-"""Count the memory of a training step on the meta device, before anything is trained.
+"""Count the memory that a training step will need, on the meta device, before anything is trained.
 
     python experiments/memory.py --size xl --system hint --gradient-checkpointing
-    python experiments/memory.py --size small --lengths 64 128 16 --measure
+    python experiments/memory.py --size small --precision fp32 --measure
 
-All options of `python train.py finetune` that change the memory of a step are taken. bf16 is counted unless
-`--precision fp32` is given. `--measure` also takes the step, in fp32 or bf16 on this machine's CPU.
+It takes the options of `python train.py finetune`. Counted are the weights, their gradients, what the forward pass of
+the fullest microbatch keeps, and the space in which the backward pass works. Adafactor's state is negligible. bf16 is
+counted unless `--precision fp32` is given. The generator's attention is counted with its scores, which a GPU does not
+keep. `--measure` also takes the step on this machine; `MALLOC_MMAP_THRESHOLD_=100000` keeps the C library of a Linux
+system from holding freed memory meanwhile, up to a sixth of the whole.
 """
 
 import argparse
 import resource
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -51,7 +55,7 @@ class Bf16Products(TorchFunctionMode):
 
 
 def kept_bytes(model: HINT, batch, bf16: bool) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass: of the whole model, and of its largest recomputable part."""
+    """Bytes that a forward pass keeps for the backward pass: in all, and in its largest recomputable part."""
     weights = {id(weight.untyped_storage()) for weight in model.parameters()}
     kept: dict[int, tuple] = {}  # by storage: the storage, and the part that keeps it first
     inside: list[nn.Module] = []
@@ -62,11 +66,16 @@ def kept_bytes(model: HINT, batch, bf16: bool) -> tuple[int, int]:
             kept.setdefault(id(storage), (storage, inside[-1] if inside else None))
         return tensor
 
+    def enter(part: nn.Module, inputs: tuple) -> None:
+        for tensor in filter(torch.is_tensor, inputs):
+            keep(tensor)  # not by the part: it is there already when the part is recomputed
+        inside.append(part)
+
     generator = model.hypernetwork
     networks = [generator.attention, *generator.networks.values()] if hasattr(generator, "attention") else []
     handles = []
     for part in (*model.t5.encoder.blocks, *model.t5.decoder.blocks, *filter(None, networks)):
-        handles.append(part.register_forward_pre_hook(lambda part, _: inside.append(part)))
+        handles.append(part.register_forward_pre_hook(enter))
         handles.append(part.register_forward_hook(lambda *_: inside.pop() and None))
     with Bf16Products() if bf16 else nullcontext(), saved_tensors_hooks(keep, lambda tensor: tensor):
         model(*batch)
@@ -96,11 +105,12 @@ def step_bytes(model: HINT, examples: list[Ids], settings: Settings) -> dict[str
     logits = sum(len(ids.target) for ids in examples) * model.t5.config.vocab_size
     set_gradient_checkpointing(model.train(), False)
     kept, largest = kept_bytes(model, batch, bf16)
-    working = 2 * 4 * logits  # their gradient, and that of their exponentials
+    working = 3 * 4 * logits  # their exponentials, and gradients by both ways
     if settings.gradient_checkpointing:
         set_gradient_checkpointing(model, True)
         kept = kept_bytes(model, batch, bf16)[0]
-        working += 1.5 * largest + 2 * numbers * bf16  # recomputed, with gradients of half the size; weights cast to bf16
+        # First the weights that autocast has cast; later a recomputed part, with gradients half as large.
+        working += max(2 * numbers * bf16, 1.5 * largest)
     return {"weights": 4 * numbers, "gradients": 4 * trained, "activations": kept, "working space": working}
 
 
@@ -108,7 +118,8 @@ def measured_bytes(model: HINT, examples: list[Ids], settings: Settings) -> int:
     """Take a step of two microbatches, and return the most memory that it took: of the GPU, or of this process."""
     device, precision = device_and_precision(settings.precision)
     before = 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = (PlainT5(T5(model.t5.config)) if model.config is None else HINT(T5(model.t5.config), model.config)).to(device)
+    t5 = T5(model.t5.config)
+    model = (PlainT5(t5) if model.config is None else HINT(t5, model.config)).to(device)
     set_gradient_checkpointing(model.train(), settings.gradient_checkpointing)
     optimizer = adafactor(model, settings.learning_rate)
     for _ in range(2):
@@ -120,17 +131,21 @@ def measured_bytes(model: HINT, examples: list[Ids], settings: Settings) -> int:
 
 
 def main() -> None:
+    """Count, and measure if asked to; print a line of a table."""
     own = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     own.add_argument("--lengths", type=int, nargs=3, default=(96, 160, 16), metavar=("INSTRUCTION", "INPUT", "TARGET"))
     own.add_argument("--measure", action="store_true", help="also take the step, on the GPU or CPU of this machine")
-    own, words = own.parse_known_args()
+    given, words = own.parse_known_args()
     settings = settings_of(["finetune", "--data", ".", "--out", ".", "--tokenizer", ".", *words])
-    model = on_meta(SIZES[settings.size], settings.hint_config())
-    examples = fullest_microbatch(model, settings, own.lengths)
+    if settings.size is None:
+        own.error("--size says how large the T5 is")
+    t5 = replace(SIZES[settings.size], dropout_rate=settings.dropout)
+    model = on_meta(t5, settings.hint_config())
+    examples = fullest_microbatch(model, settings, given.lengths)
     counted = step_bytes(model, examples, settings)
     line = {"examples": str(len(examples)), **{name: f"{size / 1e9:.2f}" for name, size in counted.items()}}
     line["in all (GB)"] = f"{sum(counted.values()) / 1e9:.2f}"
-    if own.measure:
+    if given.measure:
         line["measured (GB)"] = f"{measured_bytes(model, examples, settings) / 1e9:.2f}"
     print(markdown([line]))
 

@@ -1,6 +1,7 @@
 """`experiments/`: rows that train, results that are kept, tables and figures made of them, costs."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -283,3 +284,18 @@ def test_the_demo_can_be_trained_with_every_setting():
         replace(demo, **{name: value for name, value in changes.items() if name not in ("t5", "world")})
     small = dict(t5=dict(num_layers=2), world=dict(tasks=20, instances=2), steps=2, warmup=1, max_new_tokens=1)
     assert [0 <= score <= 100 for score in toy_settings.run_setting(0, **small)] == [True, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what a process ever held as Linux counts it")
+@pytest.mark.parametrize("words", [
+    "--size tiny --microbatch 4096 --system hint",
+    "--size tiny --microbatch 8192 --system tk-instruct",
+    pytest.param("--size small --microbatch 600 --gradient-checkpointing", marks=pytest.mark.long),
+])  # fmt: skip
+def test_the_counted_memory_of_a_step_is_within_15_percent_of_what_a_process_takes(words):
+    """Half a GB and more, so that the few MB that torch itself takes at its first product do not matter."""
+    command = [sys.executable, EXPERIMENTS / "memory.py", *"--precision fp32 --measure --lengths 64 64 16".split()]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *words.split()], env=environment, capture_output=True, text=True, check=True)
+    counted, measured = (float(cell) for cell in done.stdout.split("\n")[2].split("|")[-3:-1])
+    assert counted > 0.5 and abs(counted / measured - 1) < 0.15
