@@ -338,6 +338,9 @@ def table_text(rows: dict[str, list[dict]]) -> str:
     for name, results in rows.items():
         groups = list(results[0]["scores"])[1:] or ["overall"]
         cells = {group: with_error([one["scores"][group]["exact_match"] for one in results]) for group in groups}
+        if results[0]["pairs"]:  # answers of a held-out pair of transformations are right or wrong together
+            fallen = [[p["exact_match"] < 50 for name, p in one["pairs"].items() if ", " in name] for one in results]
+            cells[f"pairs mostly wrong, of {len(fallen[0])}"] = with_error([sum(pairs) for pairs in fallen])
         cells["ROUGE-L"] = with_error([one["scores"]["overall"]["rougeL"] for one in results])
         for step, _ in results[0]["curve"]:
             cells[f"at step {step:,}"] = with_error([dict(one["curve"])[step] for one in results])
