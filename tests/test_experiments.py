@@ -234,7 +234,8 @@ def test_results_become_cells_and_points():
     results = [
         {"scores": {"overall": {"exact_match": e, "rougeL": 50.0}, "unseen arguments": {"exact_match": e + 1}},
          "curve": [[1, c], [2, c + 2]], "steps": 3, "trained": 1234, "flops_once": 5 * 10**9, "flops_each": 10**9,
-         "pairs": {"copy, kind": {"exact_match": e}, "pom + first": {"exact_match": 0.0}}, "seconds": s} for e, c, s in ((40.0, 10.0, 7), (60.0, 30.0, 9))
+         "pairs": {"copy, kind": {"exact_match": e}, "pom + first": {"exact_match": 0.0}}, "seconds": s}
+        for e, c, s in ((40.0, 10.0, 7), (60.0, 30.0, 9))
     ]  # fmt: skip
     assert tables.curve(results) == [(1, 20), (2, 22), (3, 50)]
     points = tables.scores_by_flops({"hint": results, "hint-1": results[:1], "tk-instruct": results[1:]})
@@ -242,8 +243,8 @@ def test_results_become_cells_and_points():
     head, _, row, *_ = tables.table_text({"hint": results}).splitlines()
     cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert cells == {
-        "row": "hint", "unseen arguments": "51.0 ± 10.0", "pairs mostly wrong, of 1": "0.5 ± 0.5", "ROUGE-L": "50.0 ± 0.0", "at step 1": "20.0 ± 10.0",
-        "at step 2": "22.0 ± 10.0", "numbers trained": "1,234", "GFLOP for 100 inputs": "105", "seconds": "8",
+        "row": "hint", "unseen arguments": "51.0 ± 10.0", "pairs mostly wrong, of 1": "0.5 ± 0.5",
+        "ROUGE-L": "50.0 ± 0.0", "at step 1": "20.0 ± 10.0", "at step 2": "22.0 ± 10.0", "numbers trained": "1,234", "GFLOP for 100 inputs": "105", "seconds": "8",
     }  # fmt: skip
 
 
