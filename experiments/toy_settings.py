@@ -31,6 +31,8 @@ SETTINGS = {  # changes of the demo: its settings, its T5, its world
     "8 kinds of words, 20 arguments": dict(world=dict(kinds=8, arguments=20)),
     "one example beside the definition": dict(examples=1, max_instruction=128),
     "every example of another task": dict(group=1),
+    "groups of 4 examples of a task": dict(group=4),
+    "groups of 8 examples of a task": dict(group=8),
     "3,000 steps": dict(steps=3000),
     "column embeddings of d^-0.5": dict(embedding_scale=1.0),
     "half the learning rate": dict(learning_rate=0.015),

@@ -244,7 +244,8 @@ def test_results_become_cells_and_points():
     cells = dict(zip(head.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
     assert cells == {
         "row": "hint", "unseen arguments": "51.0 ± 10.0", "pairs mostly wrong, of 1": "0.5 ± 0.5",
-        "ROUGE-L": "50.0 ± 0.0", "at step 1": "20.0 ± 10.0", "at step 2": "22.0 ± 10.0", "numbers trained": "1,234", "GFLOP for 100 inputs": "105", "seconds": "8",
+        "ROUGE-L": "50.0 ± 0.0", "at step 1": "20.0 ± 10.0", "at step 2": "22.0 ± 10.0",
+        "numbers trained": "1,234", "GFLOP for 100 inputs": "105", "seconds": "8",
     }  # fmt: skip
 
 
