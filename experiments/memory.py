@@ -5,9 +5,10 @@
 
 It takes the options of `python train.py finetune`. Counted are the weights, their gradients, what the forward pass of
 the fullest microbatch keeps, and the space in which the backward pass works. Adafactor's state is negligible. bf16 is
-counted unless `--precision fp32` is given. The generator's attention is counted with its scores, which a GPU does not
-keep. `--measure` also takes the step on this machine; `MALLOC_MMAP_THRESHOLD_=100000` keeps the C library of a Linux
-system from holding freed memory meanwhile, up to a sixth of the whole.
+counted unless `--precision fp32` is given, and the generator's attention as a GPU computes it, without keeping scores.
+
+`--measure` also takes the step on this machine, whose CPU keeps the scores, which are then counted too. With
+`MALLOC_MMAP_THRESHOLD_=100000` the C library of Linux gives back what is freed; it may hold a sixth of the whole.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from data import Ids, collate, microbatches
 from hint import HINT, PlainT5, on_meta, price_in_tokens
+from hypernet import InstructionReader
 from report import markdown
 from t5 import SIZES, T5, set_gradient_checkpointing
 from train import Settings, accumulate_gradient, adafactor, device_and_precision, settings_of
@@ -141,6 +143,9 @@ def main() -> None:
         own.error("--size says how large the T5 is")
     t5 = replace(SIZES[settings.size], dropout_rate=settings.dropout)
     model = on_meta(t5, settings.hint_config())
+    reader, on_cpu = getattr(model.hypernetwork, "attention", None), given.measure and not torch.cuda.is_available()
+    if isinstance(reader, InstructionReader) and not on_cpu:
+        reader.dropout.p = 0.0  # on the meta device, attention is fused without dropout alone
     examples = fullest_microbatch(model, settings, given.lengths)
     counted = step_bytes(model, examples, settings)
     line = {"examples": str(len(examples)), **{name: f"{size / 1e9:.2f}" for name, size in counted.items()}}
