@@ -54,7 +54,6 @@ Numbers that stand in a task, hint, why or sentence are recomputed by the audit 
 from __future__ import annotations
 
 import ast
-import builtins
 import copy
 import importlib
 import inspect
@@ -64,6 +63,7 @@ import random
 import re
 import sys
 import textwrap
+import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +185,13 @@ def put_back(text: str, path: str, function: str) -> str:
     return "\n".join(lines)
 
 
+def class_head(module: str, name: str) -> str:
+    """Cut the lines of a class before its first function: its docstring and its fields."""
+    text = source(module)
+    functions = [node for node in locate(text, name).body if isinstance(node, ast.FunctionDef)]
+    return "\n".join(text.split("\n")[span(locate(text, name)).start : span(functions[0]).start]).rstrip()
+
+
 def with_body(function: str, body: str) -> str:
     """Keep decorators, signature and docstring of a function, and give it another body."""
     lines = function.split("\n")
@@ -240,8 +247,8 @@ def working_file(exercise: Exercise, functions: dict[str, str] | None = None) ->
               exercise.questions.items()]  # fmt: skip
     last = None
     for target, text in functions.items():
-        owner = target.split(".")[1:-1]
-        parts.append(f"class {owner[0]}:\n{text}" if owner and owner != last else text)
+        owner = target.split(".")[:-1]
+        parts.append(f"{class_head(*owner)}\n\n{text}" if len(owner) == 2 and owner != last else text)
         last = owner
     return "\n\n\n".join(parts) + "\n"
 
@@ -464,3 +471,90 @@ def alike(first: Outcome, second: Outcome) -> bool:
         return False
     pairs = zip(first.cases, second.cases)
     return all(not difference(one.found, other.found, one.tolerance, nan=True) for one, other in pairs)
+
+
+# ------------------------------------------------------------------------------------------------- verdicts
+
+
+def judge(exercise: Exercise, text: str) -> tuple[bool, list[str]]:
+    """Check a student's file -> whether it passes, and the sentences for its author."""
+    try:
+        if exercise.questions:
+            return judge_answers(exercise, text, ROOT / "runs")
+        attempt = read_attempt(exercise, text)
+        if exercise.kind == "puzzle":
+            refuse_unless_puzzle(exercise, attempt)
+    except (Wrong, NotYet) as error:
+        return False, [str(error)]
+    printed = Listener()
+    outcome = observe(exercise, attempt, printed)
+    said = [f"Your functions printed:\n{textwrap.indent(printed.getvalue().rstrip(), '  ')}"] * bool(printed.tell())
+    if outcome.passed:
+        return True, said
+    return False, [explained(exercise, outcome, text), *diagnosed(exercise, outcome)[:1], *said]
+
+
+def explained(exercise: Exercise, outcome: Outcome, text: str) -> str:
+    """Name the first wrong case with its values, or the exception with the student's own line."""
+    if wrong := outcome.wrong:
+        return f"Not yet right: {wrong.what}.\n  Found {difference(wrong.found, wrong.wanted, wrong.tolerance)}."
+    error = outcome.error
+    if error is None:
+        return "Nothing was compared."
+    if isinstance(error, NotImplementedError) and str(error) == YOUR_TURN:
+        return f'{exercise.name} still has to be written: replace `raise NotImplementedError("{YOUR_TURN}")`.'
+    lines = [line.strip() for line in text.split("\n")]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.line for frame in frames if "with your functions" in frame.filename and frame.line in lines]
+    place = f"\n  Line {lines.index(own[-1]) + 1} of your file: {own[-1]}" if own else ""
+    message = str(error).strip().partition("\n")[0][:200]
+    where = f" after {len(outcome.cases)} right results" if outcome.cases else ""
+    return f"Your code stops{where} with {type(error).__name__}{': ' if message else ''}{message}{place}"
+
+
+def diagnosed(exercise: Exercise, outcome: Outcome) -> list[str]:
+    """Sentences of all near misses that behave as an attempt did."""
+    sentences = []
+    for sentence, edit in exercise.near_misses:
+        if sentence not in sentences and alike(outcome, observe(exercise, Attempt(edited(exercise, edit)))):
+            sentences.append(sentence)
+    return sentences
+
+
+def judge_answers(exercise: Exercise, text: str, runs: Path) -> tuple[bool, list[str]]:
+    """Hold the answers of a prediction against the truths, which are measured now. Raises Wrong, NotYet."""
+    answers: dict[str, object] = {}
+    try:
+        exec(compile(parsed(text), "your file", "exec"), answers)
+    except Exception as error:
+        raise Wrong(f"Your file stops with {type(error).__name__}: {error}") from None
+    if missing := [name for name in exercise.questions if answers.get(name) is None]:
+        raise Wrong(f"Answer every question first; still None: {', '.join(missing)}.")
+    lines, passed = [], True
+    for name, truth, tolerance in stream(exercise.cases, Attempt({}), runs):
+        right, sentence = judge_answer(exercise, name, answers[name], truth, tolerance)
+        passed &= right
+        about = "right" if right else "not this time"
+        lines.append(f"{name}: {about}. You: {shown(answers[name])}. Measured: {shown(truth)}. {sentence}".rstrip())
+    return passed, lines
+
+
+def judge_answer(exercise: Exercise, name: str, answer: object, truth: object, tolerance) -> tuple[bool, str]:
+    """Judge one answer -> whether it is right, and the sentence of the near miss next to it."""
+    if isinstance(truth, str):
+        return str(answer).strip().lower() == truth.lower(), _sentence_for(exercise, name, answer)
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        raise Wrong(f"{name}: a number is wanted, not {shown(answer)}.")
+    right = abs(answer - truth) <= tolerance
+    return right, "" if right else _sentence_for(exercise, name, answer)
+
+
+def _sentence_for(exercise: Exercise, name: str, answer: object) -> str:
+    for sentence, (question, value) in exercise.near_misses:
+        if isinstance(value, str) or isinstance(answer, str):
+            same = str(value).lower() == str(answer).strip().lower()
+        else:
+            same = abs(answer - value) <= 0.03 * abs(value)
+        if question == name and same:
+            return sentence
+    return ""
