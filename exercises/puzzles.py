@@ -1,14 +1,20 @@
 """Puzzles: write a loop as products, sums and shapes. One `return`, no loop, and only the calls that are named."""
 
+import random
+from dataclasses import replace
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from mechanics import exercise
+from small import tiny_hint
 
 
 @exercise(
     "puzzle", ["t5.padding_bias"], level=1, minutes=10, paper="HINT, section 3.3 (batches of several lengths)",
     hint="Compare the mask with 0, then add two axes of length 1 by indexing with None.",
-    why="A bias of -inf makes a row of padding alone NaN. With -1e9 each of its {keys} keys gets the weight {weight:.2f}.",
+    why="A bias of -inf makes a row of padding alone NaN. With -1e9 each of its 5 keys gets a weight of 0.20.",
     calls=["unsqueeze", "where", "type", "float", "logical_not", "masked_fill", "zeros", "zeros_like", "eq"],
     near={
         "You hide the tokens and show the padding.": ("== 0", "!= 0"),
@@ -44,12 +50,19 @@ def hide_padding(t5):
     yield "bias of a mask of booleans", t5.padding_bias(mask.bool()), wanted
     weights = (scores + bias).softmax(-1)
     yield "weights of a row of padding alone", weights[2], torch.full((2, 4, 5), 0.2)
+    yield "weights of a row of 2 tokens", weights[1], F.pad(scores[1, ..., :2].softmax(-1), (0, 3))
+
+
+@hide_padding.facts
+def _(t5):
+    bias = t5.padding_bias(torch.zeros(1, 5))
+    yield "weight of each key of a row of padding alone", bias.softmax(-1).max().item(), "0.20"
 
 
 @exercise(
     "puzzle", ["hypernet.mean_of_tokens"], level=1, minutes=10, paper="HINT, section 4 (Hypter reads a mean)",
     hint="Multiply by the mask before the sum, and divide by the sum of the mask.",
-    why="Divided by all places, the mean of {tokens} tokens in a row of {places} shrinks to {share:.2f} of its size.",
+    why="Divided by all places, the mean of 3 tokens in a row of 7 shrinks to 0.43 of its size.",
     calls=["unsqueeze", "sum", "clamp", "type_as", "einsum", "where", "masked_fill", "to", "float"],
     near={
         "You divide by all places. Divide by the number of tokens.":
@@ -85,22 +98,28 @@ def mean_without_padding(hypernet):
     states = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(0))
     lengths = (7, 3, 1, 0)
     mask = torch.tensor([[1] * length + [0] * (7 - length) for length in lengths])
-    wanted = torch.stack([sum(states[b, :length]) / length if length else torch.zeros(5) for b, length in enumerate(lengths)])
+    wanted = [sum(states[b, :length]) / max(length, 1) + torch.zeros(5) for b, length in enumerate(lengths)]
     found = hypernet.mean_of_tokens(states, mask)
     for b, length in enumerate(lengths):
         yield f"mean of a row of {length} tokens and {7 - length} places of padding", found[b], wanted[b]
     yield "mean of bfloat16 states", hypernet.mean_of_tokens(states.bfloat16()[:1], mask[:1]).dtype, torch.bfloat16
 
 
+@mean_without_padding.facts
+def _(hypernet):
+    mean = hypernet.mean_of_tokens(torch.ones(1, 7, 5), torch.tensor([[1, 1, 1, 0, 0, 0, 0]]))
+    yield "sum of three ones over seven places, beside their mean", (3 / 7 / mean).mean().item(), "0.43"
+
+
 @exercise(
     "puzzle", ["t5.Attention.split"], level=1, minutes=10, paper="Raffel et al., section 2.1 (heads)",
     hint="Cut the last axis into (heads, numbers of a head), then exchange two axes.",
-    why="Cut into (k, h), T5 base keeps only {kept} of its {inner} numbers in their head. Such a model trains as well as any: "
+    why="Cut into (k, h), T5 base leaves only 66 of its 768 numbers in their head. A fresh model trains as well so: "
         "only a published checkpoint shows the error.",
-    calls=["unflatten", "transpose", "reshape", "view", "permute", "movedim", "swapaxes"],
+    calls=["unflatten", "transpose", "reshape", "view", "permute", "movedim", "swapaxes", "len"],
     near={
         "Head and number have changed places: a head is k neighbours of the last axis.":
-            ("x.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "x.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)"),
+            ("(self.heads, -1)).transpose(1, 2)", "(-1, self.heads)).permute(0, 3, 1, 2)"),
         "You reshaped without exchanging axes: a head gets the numbers of other tokens.":
             ("x.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
              "x.reshape(len(x), self.heads, x.shape[1], -1)"),
@@ -135,10 +154,18 @@ def heads(t5):
     yield "x of one token", attention.split(x[:, :1]), wanted[:, :, :1]
 
 
+@heads.facts
+def _(t5):
+    numbers = torch.arange(768.0).expand(1, 1, -1)
+    right = t5.Attention(t5.SIZES["base"]).split(numbers)[0, :, 0]
+    wrong = numbers.unflatten(-1, (64, 12)).permute(0, 3, 1, 2)[0, :, 0]
+    yield "numbers of T5 base in their head", sum(torch.isin(*pair).sum().item() for pair in zip(right, wrong)), "66"
+
+
 @exercise(
     "puzzle", ["t5.RelativeBias.forward"], level=3, minutes=25, paper="Raffel et al., section 2.1 (position bias)",
-    hint="Row i of the bias is a window of one long list of distances. The windows of later queries begin further left.",
-    why="{queries} queries and {keys} keys have {distances} distances, not {pairs:,}: so many buckets are computed.",
+    hint="Row i of the bias is a window of one long list of distances. Windows of later queries begin further left.",
+    why="100 queries and 100 keys have 10,000 pairs, but only 199 distances: so many buckets are computed.",
     calls=["arange", "relative_position_bucket", "to", "unfold", "flip", "unsqueeze", "len", "permute", "transpose"],
     near={
         "You took query minus key. Take the position of the key minus that of the query.":
@@ -159,10 +186,10 @@ def heads(t5):
             ("self.bidirectional", "not self.bidirectional"),
         "The first axis, of length 1, is missing.": (".unsqueeze(0)", ""),
         "Your bias is right, but you looked up the bucket of every pair. Look up each distance once.":
-            [("torch.arange(1 - first_query - queries, keys - first_query, device=\"cpu\")",
-              "torch.arange(keys) - torch.arange(first_query, first_query + queries)[:, None]"),
-             (".T  # [h, queries + keys - 1]", ".permute(2, 0, 1)"),
-             ("bias.unfold(1, keys, 1).flip(1).unsqueeze(0)", "bias.unsqueeze(0)")],
+            ("torch.arange(1 - first_query - queries, keys - first_query, device=\"cpu\")",
+             "torch.arange(keys) - torch.arange(first_query, first_query + queries)[:, None]",
+             ".T  # [h, queries + keys - 1]", ".permute(2, 0, 1)",
+             "bias.unfold(1, keys, 1).flip(1).unsqueeze(0)", "bias.unsqueeze(0)"),
     },
     also=[("bias.unfold(1, keys, 1).flip(1).unsqueeze(0)",
            "bias[None, :, torch.arange(keys) - torch.arange(queries)[:, None] + queries - 1]")],
@@ -195,12 +222,22 @@ def spread(t5):
             yield f"distances looked up, {name}", sum(numbers), queries + keys - 1
 
 
+@spread.facts
+def _(t5):
+    bias = t5.RelativeBias(t5.SIZES["toy"], bidirectional=True)
+    bucket_of, numbers = t5.relative_position_bucket, []
+    t5.relative_position_bucket = lambda relative, *more: numbers.append(relative.numel()) or bucket_of(relative, *more)
+    yield "pairs", bias(100, 100)[0, 0].numel(), "10,000"
+    yield "distances", numbers[0], "199"
+
+
 @exercise(
     "puzzle", ["t5.T5._target_logits"], level=2, minutes=25, paper="HINT, section 3.3; Raffel et al., section 2.1",
     hint="Shift the labels right by padding on the left. Find the places of labels with nonzero on the flat labels.",
-    why="A fresh T5 with a tied head that is shown the token itself has a loss of {shown:.2f}; shifted right, {shifted:.0f}. "
-        "Whoever is shown the answer learns nothing.",
-    calls=["flatten", "nonzero", "pad", "clamp", "decode", "logits", "index_select", "to", "where", "masked_fill"],
+    why="A fresh tiny T5 with a tied head has a loss of 74. If it is shown the token itself, the loss is 0.00: it "
+        "copies, and there is nothing to learn.",
+    calls=["flatten", "nonzero", "pad", "clamp", "decode", "logits", "index_select", "to", "where", "masked_fill",
+           "roll", "cat", "index_fill", "tensor", "new_full", "len"],
     near={
         "The decoder sees the token that it is to predict. Shift the labels right.":
             ("F.pad(labels[:, :-1], (1, 0), value=START).clamp", "labels.clamp"),
@@ -209,7 +246,8 @@ def spread(t5):
         "The last label came round to the front. The first decoder id is START.":
             ("F.pad(labels[:, :-1], (1, 0), value=START)", "labels.roll(1, 1)"),
         "The decoder starts with </s>. T5 starts with START, id 0.": ("value=START", "value=EOS"),
-        "The decoder reads the labels' padding, -100, as another id. Make it PAD, id 0.": (".clamp(min=PAD)", ".abs()"),
+        "The decoder reads the labels' padding, -100, as another id. Make it PAD, id 0.":
+            (".clamp(min=PAD)", ".remainder(self.config.vocab_size)"),
         "You shifted by two places.": ("F.pad(labels[:, :-1], (1, 0)", "F.pad(labels[:, :-2], (2, 0)"),
         "Your decoder ids are one place too long, so the places of states and labels differ.":
             ("labels[:, :-1]", "labels"),
@@ -217,7 +255,8 @@ def spread(t5):
             ("states.index_select(0, places.to(states.device))", "states"),
         "You selected by the decoder's padding, not by the labels' padding.":
             ("(labels.flatten() != NO_LABEL)", "(labels.flatten() > PAD)"),
-        "Targets and states are in different orders.": ("targets = labels.flatten()[places]", "targets = labels.flatten()[places].flip(0)"),
+        "Targets and states are in different orders.":
+            ("targets = labels.flatten()[places]", "targets = labels.flatten()[places].flip(0)"),
         "The generated modules are not used.": ("sources, modules).flatten", "sources, None).flatten"),
         "The targets are the decoder's input ids. They must be the labels.":
             ("targets.to(states.device)", "decoder_input_ids.flatten()[places].to(states.device)"),
@@ -225,7 +264,7 @@ def spread(t5):
     also=[("F.pad(labels[:, :-1], (1, 0), value=START).clamp(min=PAD)",
            "torch.where(labels == NO_LABEL, PAD, labels).roll(1, 1).index_fill(1, torch.tensor([0]), START)")],
 )  # fmt: skip
-def teacher_forcing(t5):
+def teacher_forcing(t5, hint):
     """Give the decoder the true answer shifted right, and return the logits and ids of the target tokens.
 
     for b in range(B):
@@ -238,7 +277,8 @@ def teacher_forcing(t5):
     labels [B, T] -> (logits [N, V], ids [N]), N labels, row by row. Call `self.decode` and `self.logits` once.
     A label of -100 may stand anywhere, also between others.
     """
-    model, modules = small_model(t5)
+    told = tiny_hint(hint, num_decoder_layers=2).requires_grad_(False)
+    model, modules = told.t5, told.encode_instruction(torch.tensor([[3, 8, 2]])).modules
     labels = torch.tensor([[5, 9, 7, 0, 1], [8, -100, 6, 1, -100], [1, -100, -100, -100, -100]])
     sources = [model.read(torch.tensor([[4, 6, 3], [7, 7, 0], [9, 0, 0]]))]
     for name, used in (("without modules", None), ("with modules", modules)):
@@ -252,3 +292,142 @@ def teacher_forcing(t5):
         found = model._target_logits(labels, sources, used)
         yield f"ids of the target tokens, {name}", found[1], torch.tensor(ids)
         yield f"their logits, {name}", found[0], torch.stack(logits)
+
+
+@teacher_forcing.facts
+def _(t5):
+    torch.manual_seed(0)
+    model = t5.T5(replace(t5.SIZES["tiny"], tie_word_embeddings=True)).eval().requires_grad_(False)
+    ids, labels = torch.randint(2, 32128, (2, 8, 16))
+    sources = [model.read(ids)]
+    copied = model.logits(model.decode(labels, sources)).flatten(0, 1)
+    yield "loss of a fresh tiny T5 with a tied head", model.loss(labels, sources).cross_entropy.item(), "74"
+    yield "its loss where it is shown the token", t5.token_loss(copied, labels.flatten()).cross_entropy.item(), "0.00"
+
+
+@exercise(
+    "puzzle", ["t5.T5.decode"], level=2, minutes=20, paper="Raffel et al., section 2.1 (causal mask)",
+    hint="torch.ones(T, T).triu(1) is 1 where the key comes after the query.",
+    why="With triu(0) in place of triu(1) no token sees itself: states of a fresh tiny T5 move by 44 % of their size.",
+    calls=["shared", "decoder", "relative_bias", "source_bias", "ones", "triu", "tril", "to", "arange", "where"],
+    near={
+        "No token is hidden: queries see tokens that come later.": (".triu(1) * MASKED", ".triu(1) * 0"),
+        "You hide the past and show the future.": (".triu(1)", ".tril(-1)"),
+        "You hide each token from itself. A query sees its own place.": (".triu(1)", ".triu(0)"),
+        "A query sees one place too many: the next token.": (".triu(1)", ".triu(2)"),
+        "The scores of later tokens go down by 1 only. Multiply by MASKED.": (".triu(1) * MASKED", ".triu(1) * -1"),
+        "The position bias is missing, so the decoder does not know the order.":
+            ("self.decoder.relative_bias(length, length) + future", "future.expand(1, self.config.num_heads, -1, -1)"),
+        "This is the position bias of the encoder. The decoder has its own.":
+            ("self.decoder.relative_bias", "self.encoder.relative_bias"),
+        "The generated modules are not used.": ("modules and modules.decoder", "None"),
+        "These are the modules of the encoder.": ("modules and modules.decoder", "modules and modules.encoder"),
+        "The padding of the sources is visible.": ("source_bias(sources))", "source_bias(sources) * 0)"),
+        "The embeddings are scaled. T5 does not scale them.": ("x = self.shared(", "x = 2 * self.shared("),
+    },
+    also=[("torch.ones(length, length, device=x.device).triu(1) * MASKED",
+           "torch.where(torch.arange(length) > torch.arange(length)[:, None], MASKED, 0.0)")],
+)  # fmt: skip
+def hide_the_future(t5, hint):
+    """Decode ids [B, T] that read sources: each token sees itself and the tokens before it.
+
+    for i in range(T):
+        for j in range(T):
+            bias[0, head, i, j] = self.decoder.relative_bias(T, T)[0, head, i, j] + (MASKED if j > i else 0.0)
+    states = self.decoder(embeddings, bias, the decoder's modules or None, sources, source_bias(sources))
+
+    `self.shared` embeds ids. The result is states [B, T, d].
+    """
+    told = tiny_hint(hint, num_decoder_layers=2).requires_grad_(False)
+    model, modules = told.t5, told.encode_instruction(torch.tensor([[3, 8, 2]])).modules
+    ids = torch.tensor([[0, 4, 8, 5, 6], [0, 9, 9, 7, 3]])
+    sources = [model.read(torch.tensor([[4, 6, 3], [7, 0, 0]]))]
+    positions = model.decoder.relative_bias(5, 5)
+    for name, used in (("without modules", None), ("with modules", modules)):
+        bias = positions.clone()
+        for i in range(5):
+            for j in range(i + 1, 5):
+                bias[:, :, i, j] += -1e9
+        padding = torch.tensor([[0.0, 0.0, 0.0], [0.0, -1e9, -1e9]])[:, None, None]
+        wanted = model.decoder(model.shared.weight[ids], bias, used and used.decoder, sources, padding)
+        found = model.decode(ids, sources, used)
+        for t in range(5):
+            yield f"state of token {t} of 5, {name}", found[:, t], wanted[:, t]
+
+
+@hide_the_future.facts
+def _(t5):
+    torch.manual_seed(0)
+    model = t5.T5(t5.SIZES["tiny"]).eval().requires_grad_(False)
+    ids = torch.randint(2, 50, (4, 10))
+    sources = [model.read(torch.randint(2, 50, (4, 8)))]
+    bias = model.decoder.relative_bias(10, 10) + torch.ones(10, 10).triu(0) * t5.MASKED
+    blind = model.decoder(model.shared(ids), bias, None, sources, t5.source_bias(sources))
+    states = model.decode(ids, sources)
+    yield "how far the states move", 100 * ((blind - states).norm() / states.norm()).item(), "44 %"
+
+
+@exercise(
+    "puzzle", ["data._costs"], level=3, minutes=25, paper="HINT, section 3.3 (mixed-task batches)",
+    hint="np.maximum.accumulate is the longest so far. np.unique with return_index=True finds where a number is first.",
+    why="64 rows of 1 to 100 tokens in one padded batch take 1.9 times their tokens.",
+    calls=["len", "zeros", "ones", "unique", "accumulate", "cumsum", "astype", "arange", "sum", "max", "isin"],
+    near={
+        "Each example pays for its own instruction. Count a distinct instruction once.":
+            ("np.zeros(len(rows), dtype=int)", "np.ones(len(rows), dtype=int)"),
+        "No instruction is counted.": ("first[np.unique(rows[:, 0], return_index=True)[1]] = 1", "first[:0] = 1"),
+        "The first instruction alone is counted.": ("np.unique(rows[:, 0], return_index=True)[1]", "0"),
+        "You count an instruction where it comes last, not where it comes first.":
+            ("first[np.unique(rows[:, 0], return_index=True)[1]] = 1",
+             "first[len(rows) - 1 - np.unique(rows[::-1, 0], return_index=True)[1]] = 1"),
+        "Take the longest row so far. You take each row's own length.":
+            ("np.maximum.accumulate(rows[:, 2:])", "rows[:, 2:]"),
+        "You pad to the longest row of all, also when it comes later.":
+            ("np.maximum.accumulate(rows[:, 2:])", "np.maximum.accumulate(rows[:, 2:]) * 0 + rows[:, 2:].max(0)"),
+        "You pad to the shortest row so far.": ("np.maximum.accumulate", "np.minimum.accumulate"),
+        "The targets are not counted.": ("(longest[:, 1] + longest[:, 2])", "longest[:, 1]"),
+        "The inputs are not counted.": ("(longest[:, 1] + longest[:, 2])", "longest[:, 2]"),
+        "The generator's price is missing.": ("(longest[:, 0] + price)", "longest[:, 0]"),
+        "You pay the price once. Pay it for each distinct instruction.":
+            ("first.cumsum() * (longest[:, 0] + price)", "first.cumsum() * longest[:, 0] + price"),
+        "A row may stand for several examples: the second column says how many.":
+            ("rows[:, 1].cumsum()", "np.arange(1, len(rows) + 1)"),
+        "These are costs of single rows. Return the cost of the first 1, 2, ... rows together.":
+            ("first.cumsum() * (longest[:, 0] + price) + rows[:, 1].cumsum()",
+             "first * (longest[:, 0] + price) + rows[:, 1]"),
+        "Input and target are padded apart. You padded to the longest of input and target together.":
+            ("(longest[:, 1] + longest[:, 2])", "np.maximum.accumulate(rows[:, 3] + rows[:, 4])"),
+    },
+    also=[("first = np.zeros(len(rows), dtype=int)\n    first[np.unique(rows[:, 0], return_index=True)[1]] = 1",
+           "first = np.isin(np.arange(len(rows)), np.unique(rows[:, 0], return_index=True)[1]).astype(int)")],
+)  # fmt: skip
+def padded_tokens(data):
+    """Return what the first 1, 2, ... rows cost as one padded part of a batch.
+
+    for count in range(1, len(rows) + 1):
+        part = rows[:count]
+        instructions = len(set(part[:, 0]))                        # distinct
+        examples = sum(part[:, 1])
+        cost[count - 1] = instructions * (max(part[:, 2]) + price) + examples * (max(part[:, 3]) + max(part[:, 4]))
+
+    rows [B, 5], integers: number of the instruction, examples, longest instruction, input and target.
+    """
+    draw = np.random.default_rng(0)
+    for count, price in ((1, 0), (7, 0), (7, 10), (20, 3)):
+        numbers, sizes = draw.integers(0, 4, count), draw.integers(1, 40, (count, 3))
+        rows = np.column_stack([numbers, draw.integers(1, 5, count), sizes])
+        wanted = []
+        for end in range(1, count + 1):
+            part = rows[:end].tolist()
+            longest = [max(row[column] for row in part) for column in (2, 3, 4)]
+            instructions, examples = len({row[0] for row in part}), sum(row[1] for row in part)
+            wanted.append(instructions * (longest[0] + price) + examples * (longest[1] + longest[2]))
+        yield f"costs of {count} rows at a price of {price}", data._costs(rows, price).tolist(), wanted
+
+
+@padded_tokens.facts
+def _(data):
+    draw = random.Random(0)
+    sizes = [draw.randint(1, 100) for _ in range(64)]
+    rows = np.array([(0, 1, 0, size, 0) for size in sizes])
+    yield "padded tokens over tokens", data._costs(rows, 0)[-1] / sum(sizes), "1.9"
