@@ -491,7 +491,9 @@ def judge(exercise: Exercise, text: str) -> tuple[bool, list[str]]:
     said = [f"Your functions printed:\n{textwrap.indent(printed.getvalue().rstrip(), '  ')}"] * bool(printed.tell())
     if outcome.passed:
         return True, said
-    return False, [explained(exercise, outcome, text), *diagnosed(exercise, outcome)[:1], *said]
+    untouched = isinstance(outcome.error, NotImplementedError) and str(outcome.error) == YOUR_TURN
+    sentences = [] if untouched else diagnosed(exercise, outcome)[:1]
+    return False, [explained(exercise, outcome, text), *sentences, *said]
 
 
 def explained(exercise: Exercise, outcome: Outcome, text: str) -> str:
