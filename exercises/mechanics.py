@@ -66,6 +66,7 @@ import textwrap
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Callable, Iterator, NamedTuple
@@ -157,9 +158,12 @@ def source(module: str) -> str:
     return (ROOT / f"{module}.py").read_text("utf-8")
 
 
+parse = lru_cache(maxsize=64)(ast.parse)  # the trees are read alone
+
+
 def locate(text: str, path: str) -> ast.FunctionDef:
     """Find a function by its dotted path in a module's text. Raises KeyError."""
-    node = ast.parse(text)
+    node = parse(text)
     for name in path.split("."):
         found = [child for child in getattr(node, "body", ()) if getattr(child, "name", None) == name]
         if not found:
@@ -178,10 +182,11 @@ def cut(text: str, path: str) -> str:
     return "\n".join(text.split("\n")[span(locate(text, path))])
 
 
-def put_back(text: str, path: str, function: str) -> str:
-    """Put another text in the place of a function."""
-    lines = text.split("\n")
-    lines[span(locate(text, path))] = function.split("\n")
+def put_back(text: str, functions: dict[str, str]) -> str:
+    """Put other texts in the places of functions, by their dotted paths in the module."""
+    lines, spans = text.split("\n"), {path: span(locate(text, path)) for path in functions}
+    for path in sorted(functions, key=lambda path: -spans[path].start):  # from the end, so that no line moves
+        lines[spans[path]] = functions[path].split("\n")
     return "\n".join(lines)
 
 
@@ -326,12 +331,10 @@ def load(names: list[str], attempt: Attempt) -> dict[str, ModuleType]:
     before = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     try:
         for name in MODULES:
-            targets = [target for target in attempt.functions if target.split(".")[0] == name]
-            if not targets:
+            own = {target.partition(".")[2]: text for target, text in attempt.functions.items() if target.startswith(f"{name}.")}
+            if not own:
                 continue
-            text = source(name)
-            for target in targets:
-                text = put_back(text, target.partition(".")[2], attempt.functions[target])
+            text = put_back(source(name), own)
             text += f"\n\n{attempt.helpers}\n" if attempt.helpers else ""
             module = ModuleType(name)
             module.__file__ = f"<{name} with your functions>"

@@ -209,7 +209,7 @@ def _(t5):
 @exercise(
     "rebuild", ["hypernet.ColumnGenerator.weights"], level=3, minutes=40, paper="HINT, section 3.1.1 (parameter generators)",
     hint="Join the embeddings in the order of `self.kinds`, attend once, split in the same order, then call the networks.",
-    why="At T5 base 26,784 embeddings become as many columns. Undivided, the demo stands at a loss of X after 400 steps, not Y.",
+    why="At T5 base 26,784 embeddings become as many columns. Undivided, the demo's loss at step 400 was 1.01, not 0.78 (one seed).",
     near={
         "Your columns are not divided by sqrt(d): multiply by `self.scale`.": (" * self.scale", ""),
         "Your columns are divided by d. Divide them by sqrt(d).": ("* self.scale", "* self.scale**2"),
@@ -270,10 +270,16 @@ def columns(hint):
             yield f"{who}: {name}", found[name], wanted[name].detach()
 
 
+@columns.facts
+def _(hint):
+    kinds = hint.on_meta(hint.T5Config(**BASE), hint.HINTConfig()).hypernetwork.kinds.values()
+    yield "columns at base", sum(kind.slots * kind.columns for kind in kinds), "26,784"
+
+
 @exercise(
     "rebuild", ["hypernet.Generator.layer"], level=2, minutes=20, paper="HINT, section 3.1.1 (scaling down parameters)",
     hint="What embedding j wrote is column j of W_down and row j of W_up. A matrix turned is not a matrix reshaped.",
-    why="Training does not find this error: reshaped as in the authors' code, W_down learns as well.",
+    why="Training does not find this error: with W_down reshaped the demo's loss at step 400 was 0.80, not 0.78 (one seed).",
     near={
         "You reshape W_down, as the authors' code does: an embedding then fills several rows. Turn it (`.mT`).":
             ("weights[\"adapter_down\"][layer].mT", "weights[\"adapter_down\"][layer].reshape_as(weights[\"adapter_down\"][layer].mT)"),
@@ -412,3 +418,585 @@ def fusion(hint):
 def _(hint):
     once, answers = hint.exact_flops(hint.on_meta(hint.T5Config(**BASE), hint.HINTConfig()), 16, 64, 128, 16)
     yield "FLOPs of 16 encodings in place of two", (16 * once + answers) / (2 * once + answers), "4.6"
+
+
+@exercise(
+    "rebuild", ["t5.Cache.before"], level=1, minutes=15, paper="HINT, section 3.3 (inference); cached decoding",
+    hint="`room[:, :, -T:]` are the last T places. Assigning to them writes into the cache itself.",
+    why="Without a cache, an answer of 128 tokens takes 64 times as many positions: each step reads all earlier tokens again.",
+    near={
+        "You write into the first places. New tokens belong to the last ones.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
+        "You give back the new tokens alone. The attention needs the earlier ones too.": ("return KeyValue(*self)", "return new"),
+        "You give back a joined copy, and the cache itself stays empty: the next step finds zeros.":
+            ("t5.Cache.before", """
+                return KeyValue(*(torch.cat([room[:, :, : -x.shape[2]], x], dim=2) for room, x in zip(self, new)))
+            """),
+        "You put the new tokens behind the room. The room has their places already.":
+            ("t5.Cache.before", "return KeyValue(*(torch.cat([room, x], dim=2) for room, x in zip(self, new)))"),
+        "Your tokens stand one place too early.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, -x.shape[2] - 1 : -1] = x"),
+        "The values are written over the keys.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1] * 2, new)"),
+        "Only the keys are written.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1], new)"),
+        "Keys and values have changed places.": ("zip(self, new)", "zip(self, new[::-1])"),
+        "You add to what stands in the room. Overwrite it.": ("x.shape[2] :] = x", "x.shape[2] :] += x"),
+        "Only the last of several new tokens is written.": ("room[:, :, -x.shape[2] :] = x", "room[:, :, -1] = x[:, :, -1]"),
+    },
+    also=[("t5.Cache.before", """
+        length = new.key.shape[2]
+        first = self.key.shape[2] - length
+        for place in range(length):
+            self.key[:, :, first + place] = new.key[:, :, place]
+            self.value[:, :, first + place] = new.value[:, :, place]
+        return KeyValue(self.key, self.value)
+    """)],
+)  # fmt: skip
+def cache(t5):
+    """Write the keys and values of new tokens into the cache, and return all keys and values so far.
+
+    A step of the decoder gets a cache whose last T places are for its T tokens; before them stand the prefix and all
+    earlier tokens. The tensors of the cache are parts of one large tensor: later steps must find what you have written.
+    """
+    prefix, tokens = torch.randn(2, 2, 3, 2, 5), torch.randn(2, 2, 3, 6, 5)
+    rooms = [torch.cat([part, torch.full((2, 3, 6, 5), 9.0)], dim=2) for part in prefix]
+    begin = 0
+    for end in (1, 2, 5, 6):
+        step = t5.Cache(*(room[:, :, : 2 + end] for room in rooms))
+        found = step.before(t5.KeyValue(*tokens[:, :, :, begin:end]))
+        wanted = tuple(torch.cat([prefix[i], tokens[i, :, :, :end]], dim=2) for i in range(2))
+        yield f"keys and values after token {end}, {end - begin} of them new", found, wanted
+        begin = end
+
+
+@cache.facts
+def _(t5):
+    length = 128
+    yield "positions read without a cache, over those with", sum(range(1, length + 1)) / length, "64"
+
+
+@exercise(
+    "rebuild", ["t5.RMSNorm.forward"], level=1, minutes=10, paper="Raffel et al., section 2.1 (layer normalization)",
+    hint="A LayerNorm subtracts the mean and adds a bias. This norm does neither.",
+    why="Taken in bf16, the length of a row of 4,096 numbers is off by up to 0.2 %.",
+    near={
+        "You subtract the mean. T5's norm does not.": ("return self.weight * (x *", "return self.weight * ((x - x.mean(-1, True)) *"),
+        "Your epsilon is added to the root. It belongs under the root.":
+            ("torch.rsqrt(norm.square() / x.shape[-1] + self.epsilon)", "1 / (norm / x.shape[-1] ** 0.5 + self.epsilon)"),
+        "You divide by the length of the row. Divide by its RMS: the length over sqrt(d).": ("norm.square() / x.shape[-1]", "norm.square()"),
+        "You take the statistics in bf16. Take them in fp32.": (", dtype=torch.promote_types(x.dtype, torch.float32)", ""),
+        "The weight is not used.": ("self.weight * (", "("),
+        "You divide the sum of squares by d - 1. Divide it by d.": ("x.shape[-1] +", "(x.shape[-1] - 1) +"),
+        "You divide by the mean square. Take its root.": ("torch.rsqrt(", "torch.reciprocal("),
+        "The type changes: the result has the type of the states.": (".type_as(x)", ".float()"),
+    },
+    also=[("t5.RMSNorm.forward", """
+        states = x.float()
+        square = (states * states).mean(dim=-1, keepdim=True)
+        return self.weight * (states / torch.sqrt(square + self.epsilon)).to(x.dtype)
+    """)],
+)  # fmt: skip
+def norm(t5):
+    """Write T5's norm: x / RMS(x) * weight, over the last axis, without mean and without bias.
+
+    RMS(x) is the root of (the mean of the squares + epsilon). Take it in fp32, whatever the type of x.
+    """
+    layer = t5.RMSNorm(6, 0.05)
+    layer.weight.data = torch.randn(6)
+    x = 1 + torch.randn(2, 3, 6)
+    x[1, 2] = 0
+    wanted = torch.zeros(2, 3, 6)
+    for row, place in itertools.product(range(2), range(3)):
+        numbers = x[row, place].tolist()
+        rms = math.sqrt(sum(number**2 for number in numbers) / 6 + 0.05)
+        wanted[row, place] = torch.tensor([number / rms for number in numbers]) * layer.weight.data
+    yield "six rows, one of them zeros", layer(x), wanted
+    long, states = t5.RMSNorm(4096, 1e-6).bfloat16(), (1.3 * torch.randn(8, 4096)).bfloat16()
+    found = long(states)
+    yield "type of normed bf16 states", found.dtype, torch.bfloat16
+    rms = states.double().square().mean(-1).sqrt()
+    yield "mean of found / x, over 4,096 bf16 numbers", (found.double() / states.double()).mean(-1), 1 / rms, 3e-4
+
+
+@norm.facts
+def _(t5):
+    x = torch.randn(64, 4096).bfloat16()
+    true = x.double().square().mean(-1)
+    yield "largest error of an RMS taken in bf16, percent", 100 * ((x.square().mean(-1) / true).sqrt() - 1).abs().max(), "0.2 %"
+
+
+@exercise(
+    "rebuild", ["t5.relative_position_bucket"], level=3, minutes=30, paper="Raffel et al., section 2.1 (position bias)",
+    hint="Half of the buckets are exact. The logarithmic half is such that max_distance would be the first place beyond it.",
+    why="32 numbers a head are enough for texts of any length: beyond a distance of 128 all keys share a bucket.",
+    near={
+        "Keys before and after the query have changed places.": ("(relative > 0)", "(relative < 0)"),
+        "Your decoder tells later keys apart. For the decoder they all have distance 0.": ("(-relative).clamp(min=0)", "relative.abs()"),
+        "Your last exact bucket is a logarithmic one already.": ("distance < exact,", "distance < exact - 1,"),
+        "Far keys run over the last bucket. Clamp them.": (".clamp(max=num_buckets - 1)", ""),
+        "You round to the nearest bucket. Round down.": (").long())", ").round().long())"),
+        "Your logarithmic part has num_buckets buckets. It has num_buckets - exact.": ("(num_buckets - exact)).long", "num_buckets).long"),
+        "Both directions share their buckets. In the encoder each direction has its half.": ("(relative > 0) * num_buckets", "0"),
+        "Distance 0 is counted as a key after the query.": ("relative > 0", "relative >= 0"),
+        "All your buckets are exact: far keys are not spread by a logarithm.":
+            ("(logarithm * (num_buckets - exact)).long()", "(distance - exact)"),
+    },
+    also=[("distance < exact,", "distance <= exact,", "num_buckets //= 2", "num_buckets = num_buckets // 2")],
+)  # fmt: skip
+def buckets(t5):
+    """Give each relative position (key position - query position) the number of its bucket.
+
+    Bidirectional: the second half of the buckets is for keys after the query. Otherwise these have distance 0.
+    In each direction, of n buckets, n // 2 are exact: bucket j for distance j. Of the others, bucket number
+    n // 2 + j begins at the distance n/2 * (max_distance / (n/2)) ** (j / (n - n/2)). The last one has no end.
+    """
+    relative = range(-300, 301)
+
+    def bucket(position, both, size, furthest):
+        size = size // 2 if both else size
+        distance = abs(position) if both else max(-position, 0)
+        first, offset = size // 2, size if both and position > 0 else 0
+        if distance < first:
+            return offset + distance
+        rest = size - first  # compare whole powers, so that no rounding can err
+        begun = [j for j in range(rest) if distance**rest * first**j >= furthest**j * first**rest]
+        return offset + first + max(begun)
+
+    for both, size, furthest in ((True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 12, 50)):
+        found = t5.relative_position_bucket(torch.tensor(relative), both, size, furthest)
+        wanted = torch.tensor([bucket(position, both, size, furthest) for position in relative])
+        direction = "both directions" if both else "the past alone"
+        for part, rows in (("keys before the query", slice(0, 301)), ("keys after the query", slice(301, None))):
+            yield f"{size} buckets to {furthest}, {direction}: {part}", found[rows], wanted[rows]
+    yield "one pair of positions", t5.relative_position_bucket(torch.tensor([[-7, 3]]), True, 32, 128), torch.tensor([[7, 19]])
+
+
+@buckets.facts
+def _(t5):
+    config = t5.T5Config()
+    yield "buckets", config.relative_attention_num_buckets, "32"
+    yield "distance from which all share one", config.relative_attention_max_distance, "128"
+
+
+@exercise(
+    "rebuild", ["t5.token_loss"], level=1, minutes=15, paper="Raffel et al., section 3.1.2; the authors' z-loss",
+    hint="`logits.logsumexp(-1)` is log Z, computed so that large logits do not overflow.",
+    why="At the first step of a fresh T5, (log Z)^2 is about 119, so the z-loss adds 0.012 to a loss of 11.0.",
+    near={
+        "You take the exponential of the logits as they are, so large ones overflow. Use logsumexp.":
+            ("logits.logsumexp(-1)", "logits.exp().sum(-1).log()"),
+        "Your log Z is not squared.": ("log_z.square()", "log_z"),
+        "You compute in the type of the logits. Compute in fp32.": ("logits.float()", "logits"),
+        "You give sums. Give means over the tokens.": ("count = max(len(labels), 1)", "count = 1"),
+        "You divide by the number of logits. Divide by the number of tokens.": ("max(len(labels), 1)", "max(logits.numel(), 1)"),
+        "Without a single label your loss is NaN. Divide by at least 1.": ("max(len(labels), 1)", "len(labels)"),
+        "The z-loss is missing.": ("cross_entropy + Z_LOSS * log_z.square().sum() / count", "cross_entropy"),
+        "You square the mean of log Z. Take the mean of the squares.": ("log_z.square().sum() / count", "(log_z.sum() / count).square()"),
+        "Your cross-entropy holds the z-loss too. Give it without.":
+            ("cross_entropy, len(labels))", "cross_entropy + Z_LOSS * log_z.square().sum() / count, len(labels))"),
+        "Your cross-entropy lacks log Z.": ("(log_z - chosen)", "(-chosen)"),
+    },
+    also=[("t5.token_loss", """
+        logs = F.log_softmax(logits.float(), dim=-1)
+        entropy = F.nll_loss(logs, labels) if len(labels) else logs.sum()
+        log_z = (logits.float() - logs)[:, 0]
+        return Loss(entropy + (Z_LOSS * log_z**2).sum() / max(len(labels), 1), entropy, len(labels))
+    """)],
+)  # fmt: skip
+def loss(t5):
+    """Write the loss of N tokens: logits [N, V] and labels [N] -> Loss(loss, cross_entropy, tokens).
+
+    cross_entropy: the mean of log Z - (logit of the label), where Z is the sum of exp(logit) over the vocabulary.
+    loss: cross_entropy + Z_LOSS * (the mean of (log Z)^2). tokens: N. Compute in fp32; for no labels both are zero.
+    """
+    labels = torch.tensor([3, 0, 6, 2, 2])
+    logits = torch.randn(5, 7)
+    for what, given in (("small", logits), ("large", 100 * logits), ("bf16", (9 * logits).bfloat16())):
+        logs = []
+        for row in given.tolist():
+            logs.append(max(row) + math.log(sum(math.exp(number - max(row)) for number in row)))
+        wanted = sum(log - float(given[n, labels[n]]) for n, log in enumerate(logs)) / 5
+        square = sum(log**2 for log in logs) / 5
+        found = t5.token_loss(given, labels)
+        yield f"cross-entropy of {what} logits", found.cross_entropy, torch.tensor(wanted)
+        yield f"10,000 * (loss - cross-entropy) of {what} logits", 1e4 * (found.loss - wanted), torch.tensor(square), 1e-2
+        yield "tokens", found.tokens, 5
+    yield "no labels", t5.token_loss(logits[:0], labels[:0]), (torch.tensor(0.0), torch.tensor(0.0), 0)
+
+
+@loss.facts
+def _(t5):
+    model = t5.T5(t5.T5Config(num_layers=1, num_decoder_layers=1))
+    labels = torch.randint(3, 32000, (4, 16))
+    found = model.loss(labels, [model.read(torch.randint(3, 32000, (4, 16)))])
+    yield "(log Z)^2 at the first step", 1e4 * (found.loss - found.cross_entropy), "119"
+    yield "z-loss at the first step", found.loss - found.cross_entropy, "0.012"
+    yield "loss at the first step", found.loss, "11.0"
+
+
+@exercise(
+    "rebuild", ["t5.T5.log_probabilities"], level=2, minutes=20, paper="HINT, section 5.2 (rank classification)",
+    hint="`F.cross_entropy(..., reduction=\"none\")` of the target tokens, then back to [B, T], then a sum.",
+    why="A mean over tokens changes the order: -3.0 of two tokens beats -4.0 of five, but -1.5 a token loses to -0.8.",
+    near={
+        "You take the mean over tokens. The probability of an answer is a product, so its log is a sum.":
+            ("chosen).sum(1)", "chosen).sum(1) / (labels != NO_LABEL).sum(1)"),
+        "`</s>` is left out. It is a token of the answer: it says that the answer ends there.":
+            ("reduction=\"none\")", "reduction=\"none\") * (targets != EOS)"),
+        "Your sign is wrong: log-probabilities are negative.": ("-F.cross_entropy", "F.cross_entropy"),
+        "Every answer gets the mean of the batch.": ("t5.T5.log_probabilities", """
+            logits, targets = self._target_logits(labels, sources, modules)
+            return -F.cross_entropy(logits.float(), targets).expand(len(labels))
+        """),
+        "Tokens of one answer are counted for another: short answers have padding, and you deal the tokens out in order.":
+            ("t5.T5.log_probabilities", """
+            logits, targets = self._target_logits(labels, sources, modules)
+            chosen = -F.cross_entropy(logits.float(), targets, reduction="none")
+            return F.pad(chosen, (0, labels.numel() - len(chosen))).view(labels.shape).sum(1)
+        """),
+        "You add up logits. A log-probability is the logit less log Z.":
+            ("-F.cross_entropy(logits.float(), targets, reduction=\"none\")", "logits.float().gather(1, targets[:, None])[:, 0]"),
+        "You give probabilities. Give their logarithms.": ("chosen).sum(1)", "chosen).sum(1).exp()"),
+        "You compute in the type of the model. Compute in fp32.": ("logits.float()", "logits"),
+        "The modules are not used.": ("self._target_logits(labels, sources, modules)", "self._target_logits(labels, sources, None)"),
+    },
+    also=[("t5.T5.log_probabilities", """
+        logits, targets = self._target_logits(labels, sources, modules)
+        logs = torch.log_softmax(logits.float(), dim=-1)
+        totals, next_token = [], 0
+        for row in labels:
+            length = int((row != NO_LABEL).sum())
+            totals.append(sum(logs[n, targets[n]] for n in range(next_token, next_token + length)))
+            next_token += length
+        return torch.stack(totals)
+    """)],
+)  # fmt: skip
+def rank(t5):
+    """Write the log-probability [B] of each answer of `labels` [B, T], padded with -100, in fp32.
+
+    It is the sum over all tokens of the answer, `</s>` among them. `self._target_logits(labels, sources, modules)`
+    gives the logits [N, V] and the ids [N] of all N tokens of all answers, row after row, without padding.
+    """
+    model = tiny_t5(t5)
+    labels = torch.tensor([[5, 1, -100, -100], [6, 7, 8, 1], [9, 10, 1, -100]])
+    sources = [model.read(torch.tensor([[11, 12, 13], [14, 15, 0], [16, 0, 0]]))]
+    prefix = t5.KeyValue(*torch.randn(2, 1, 3, 4, 10))
+    modules = t5.Modules((), tuple(t5.LayerModules(prefix=prefix) for _ in range(3)))
+    for what, given in (("three answers", None), ("three answers, with generated modules", modules)):
+        wanted = []
+        for row, answer in enumerate(labels.tolist()):
+            answer, own = [i for i in answer if i >= 0], [t5.Source(*(part[row : row + 1] for part in sources[0]))]
+            total = 0.0
+            for place, token in enumerate(answer):
+                states = model.decode(torch.tensor([[0, *answer[:place]]]), own, given)
+                total += math.log(model.logits(states)[0, -1].softmax(-1)[token].item())
+            wanted.append(total)
+        yield f"log-probabilities of {what}", model.log_probabilities(labels, sources, given), torch.tensor(wanted)
+    model.bfloat16()
+    sources = [t5.Source(sources[0].states.bfloat16(), sources[0].attention_mask)]
+    yield "their type, of a model in bf16", model.log_probabilities(labels, sources).dtype, torch.float32
+
+
+@rank.facts
+def _():
+    yield "two tokens", 2 * -1.5, "-3.0"
+    yield "five tokens", 5 * -0.8, "-4.0"
+
+
+@exercise(
+    "rebuild", ["data.split_for_hint"], level=1, minutes=15, paper="HINT, section 3.3 (hypernetwork pretraining)",
+    hint="`draw.randint(a, b)` may give both a and b. The second point depends on the first.",
+    why="Two points drawn at once and sorted would make instructions short: of 512 ids 170 on average, in place of 255.",
+    near={
+        "Your parts do not end in `</s>`.": ("[*part, EOS]", "[*part]"),
+        "Your target may be too short: three ids at least belong to it.":
+            ("second = draw.randint(first, len(ids) - 3)", "second = draw.randint(first, len(ids))"),
+        "Your instruction may be empty: it has one id at least.": ("draw.randint(1, len(ids) - 3)", "draw.randint(0, len(ids) - 3)"),
+        "You draw both points from the whole range and sort them. The second is drawn from what the first has left.":
+            ("data.split_for_hint", """
+            first, second = sorted(draw.randint(1, len(ids) - 3) for _ in range(2))
+            return Ids(ids[:first] + [EOS], ids[first:second] + [EOS], ids[second:] + [EOS])
+        """),
+        "An id is lost at a point.": ("ids[second:])", "ids[second + 1:])"),
+        "Your points are always at thirds. Draw them.": ("data.split_for_hint", """
+            first, second = len(ids) // 3, 2 * len(ids) // 3
+            return Ids(ids[:first] + [EOS], ids[first:second] + [EOS], ids[second:] + [EOS])
+        """),
+        "Your input is never empty, though the second point may be the first.":
+            ("draw.randint(first, len(ids) - 3)", "draw.randint(min(first + 1, len(ids) - 3), len(ids) - 3)"),
+        "Instruction and input have changed places.":
+            ("(ids[:first], ids[first:second], ids[second:])", "(ids[first:second], ids[:first], ids[second:])"),
+        "Your last point is missing from the range: `randrange` leaves out its end, `randint` does not.":
+            ("first = draw.randint(1, len(ids) - 3)", "first = draw.randrange(1, len(ids) - 3)"),
+    },
+    also=[("data.split_for_hint", """
+        points = list(range(1, len(ids) - 2))
+        first = points[int(draw.random() * len(points))]
+        second = draw.choice([point for point in points if point >= first])
+        return Ids(instruction=ids[:first] + [EOS], input=ids[first:second] + [EOS], target=ids[second:] + [EOS])
+    """)],
+)  # fmt: skip
+def split(data):
+    """Split a segment of n ids at two random points into instruction, input and target, each ended by `</s>`.
+
+    The first point is drawn from 1 to n - 3, the second from the first point to n - 3, both ends included. All values
+    of a range are equally likely. So the input may be empty, and the target has three ids or more.
+    """
+    ids, firsts, seconds = list(range(10, 17)), [0] * 8, [0] * 8
+    draw = random.Random(0)
+    for number in range(4000):
+        parts = data.split_for_hint(list(ids), draw)
+        if number < 5:
+            yield "the three parts joined", [i for part in parts for i in part[:-1]], tuple(ids)
+            yield "the last ids of the parts", [part[-1] for part in parts], (1, 1, 1)
+        lengths = [len(part) - 1 for part in parts]
+        firsts[lengths[0]] += 1
+        seconds[lengths[0] + lengths[1]] += 1
+    yield "how often the first point is 0, 1, 2, ..., of 4,000", torch.tensor(firsts) / 4000, \
+        torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]) / 4, 0.12
+    # the second point is j if the first is i <= j, each with a probability of 1/4, and then one of 5 - i points
+    wanted = [0, 1 / 16, 1 / 16 + 1 / 12, 1 / 16 + 1 / 12 + 1 / 8, 1 / 16 + 1 / 12 + 1 / 8 + 1 / 4, 0, 0, 0]
+    yield "how often the second point is 0, 1, 2, ..., of 4,000", torch.tensor(seconds) / 4000, torch.tensor(wanted), 0.06
+
+
+@split.facts
+def _(data):
+    draw = random.Random(0)
+    sizes = [len(data.split_for_hint([3] * 512, draw).instruction) - 1 for _ in range(100_000)]
+    yield "mean length of an instruction", sum(sizes) / len(sizes), "255"
+    smaller = [min(draw.randint(1, 509), draw.randint(1, 509)) for _ in range(100_000)]
+    yield "mean of the smaller of two points", sum(smaller) / len(smaller), "170"
+
+
+@exercise(
+    "rebuild", ["data.exact_match", "data.rouge_l", "data.score"], level=2, minutes=30, paper="HINT, table 1 (metrics)",
+    hint="A table of (len(a) + 1) x (len(b) + 1) numbers gives the longest common subsequence of a and b.",
+    why="Of 'the red cat sat' and 'the cat sat down', the common part is 'the cat sat': 3 of 4 words in both, ROUGE-L 75.",
+    near={
+        "You stem words of three letters. Only longer ones are stemmed.":
+            ("_stem(word) if len(word) > 3 else word for", "_stem(word) for"),
+        "You do not stem: 'walking' and 'walked' are one word.": ("_stem(word) if len(word) > 3 else word for", "word for"),
+        "Your ROUGE-L minds capital letters.": ('re.findall("[a-z0-9]+", text.lower())', 're.findall("[A-Za-z0-9]+", text)'),
+        "You keep accented letters. Words are of a-z and 0-9 alone.": ('"[a-z0-9]+"', r'r"\w+"'),
+        "You give the recall alone. ROUGE-L is the F1.": ("return 2 * precision * recall / (precision + recall)", "return recall"),
+        "You give the precision alone. ROUGE-L is the F1.":
+            ("return 2 * precision * recall / (precision + recall)", "return precision"),
+        "You count common words in any order. A subsequence keeps the order.":
+            ("len(predicted) - row.bit_count()", "sum((Counter(predicted) & Counter(expected)).values())"),
+        "You average over references. Take the best one.":
+            ("best = [max(metric(text, wanted) for wanted in several)",
+             "best = [math.fsum(metric(text, wanted) for wanted in several) / len(several)"),
+        "You use one reference alone. An example may have several.":
+            ("best = [max(metric(text, wanted) for wanted in several)", "best = [metric(text, several[0])"),
+        "Your scores run from 0 to 1. Give percent.": ("100 * math.fsum", "math.fsum"),
+        "Your exact match minds capital letters.": ("text.lower().translate", "text.translate"),
+        "Your exact match minds punctuation.": ('.translate(str.maketrans("", "", string.punctuation))', ""),
+        "Your exact match minds runs of spaces.": ("texts[0].split() == texts[1].split()", "texts[0].strip() == texts[1].strip()"),
+    },
+    also=[("data.rouge_l", """
+        one, two = ([_stem(w) if len(w) > 3 else w for w in re.findall("[a-z0-9]+", text.lower())]
+                    for text in (prediction, reference))
+        table = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
+        for i, first in enumerate(one):
+            for j, second in enumerate(two):
+                table[i + 1][j + 1] = table[i][j] + 1 if first == second else max(table[i][j + 1], table[i + 1][j])
+        return 2 * table[-1][-1] / max(len(one) + len(two), 1)
+    """)],
+)  # fmt: skip
+def scoring(data):
+    """Write the two metrics of Super-NaturalInstructions, and their means over examples.
+
+    `exact_match`: equal but for capital letters, ASCII punctuation and runs of spaces.
+    `rouge_l`: lower case; words are runs of a-z and 0-9; words of more than three letters are stemmed by `_stem`. Of
+    the longest common subsequence, precision (of the prediction) and recall (of the reference); their F1, from 0 to 1.
+    `score`: {"exact_match": ..., "rougeL": ...} in percent; of several references the best, the mean over examples.
+    """
+    for one, two, wanted in (
+        ("Paris.", " paris", True), ("new  york", "New York!", True), ("york new", "new york", False),
+        ("", "...", True), ("(a) b", "a b", True), ("ab", "a b", False),
+    ):  # fmt: skip
+        yield f"exact_match({one!r}, {two!r})", data.exact_match(one, two), wanted
+    for one, two, wanted in (
+        ("The red cat sat", "the cat sat down", 3 / 4), ("walking", "he walked", 2 / 3), ("his", "hi", 0.0),
+        ("a b c d e", "c", 1 / 3), ("", "word", 0.0), ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
+        ("Word word", "word", 2 / 3),
+    ):  # fmt: skip
+        yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
+    draw = random.Random(0)
+    for number in range(6):
+        one, two = ([draw.choice("abcd") for _ in range(draw.randint(3, 9))] for _ in range(2))
+        table = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
+        for i, j in itertools.product(range(len(one)), range(len(two))):
+            longer = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if one[i] == two[j] else longer
+        wanted = 2 * table[-1][-1] / (len(one) + len(two))
+        yield f"rouge_l of random words, {number}", data.rouge_l(" ".join(one), " ".join(two)), wanted
+    found = data.score(["the cat", "a b c d", "x"], [["a dog", "The cat!"], ["b d", "a c d e"], ["y"]])
+    yield "names of the scores", sorted(found), ("exact_match", "rougeL")
+    yield "exact match of three examples", found["exact_match"], 100 / 3
+    yield "ROUGE-L of three examples", found["rougeL"], 100 * (1 + 3 / 4 + 0) / 3
+
+
+@scoring.facts
+def _(data):
+    yield "ROUGE-L of the two sentences", 100 * data.rouge_l("the red cat sat", "the cat sat down"), "75"
+
+
+@exercise(
+    "rebuild", ["train.accumulate_gradient"], level=2, minutes=30, paper="HINT, section 3.3 (training)",
+    hint="The denominator, all target tokens of the batch, is known before the first part is read.",
+    why="The mean of the parts' means is off by 0.6 times the norm of the right gradient, at 20 tokens a part.",
+    near={
+        "You take the mean of the parts' means. Weight each part by its target tokens.":
+            ("share = counts * out.tokens / tokens", "share = counts / len(parts)"),
+        "You weight a part by its examples. Weight it by its target tokens.":
+            ("share = counts * out.tokens / tokens", "share = counts * len(batch.labels) / len(examples)"),
+        "Each part counts fully, so more parts give a larger gradient.":
+            ("share = counts * out.tokens / tokens", "share = counts"),
+        "The z-loss is left out: train on `loss`, report `cross_entropy`.": ("(out.loss * share", "(out.cross_entropy * share"),
+        "You report the loss with its z-loss. Report the cross-entropy.": ("out.cross_entropy.detach()", "out.loss.detach()"),
+        "Your denominator counts the input's tokens too.":
+            ("sum(len(example.target) for", "sum(len(example.target) + len(example.input) for"),
+        "You report the last part alone.": ("total = total + out", "total = 0.0 + out"),
+        "The gradient of a part replaces that of the parts before.":
+            ("with precision():", "model.zero_grad()\n            with precision():"),
+        "You skip a part.": ("range(0, len(parts), world())", "range(0, max(len(parts) - 1, 1), world())"),
+        "The whole batch goes through the model at once.":
+            ("microbatches(examples, microbatch, price)", "microbatches(examples, 10**9, price)"),
+    },
+    also=[("train.accumulate_gradient", """
+        total, tokens = 0.0, sum(len(example.target) for example in examples)
+        for part in microbatches(examples, microbatch, price):
+            with precision():
+                out = model(*collate(part))
+            weight = sum(len(example.target) for example in part) / tokens
+            (weight * out.loss).backward()
+            total += weight * out.cross_entropy.item()
+        return total
+    """)],
+)  # fmt: skip
+def whole_batch(train, hint):
+    """Accumulate the gradient of the mean loss of a whole batch, and return the mean cross-entropy of its target tokens.
+
+    `microbatches(examples, microbatch, price)` divides the batch into parts; `collate` pads a part. Within
+    `with precision():`, `model(*batch)` gives loss, cross_entropy (means over a part's target tokens) and tokens.
+    Call `backward()` for each part. Write it for one process: leave out `rank`, `world` and `dist`.
+    """
+    examples = example_ids(train)
+    model = tiny_hint(hint)
+    outs = [model(*train.collate([example])) for example in examples]
+    tokens = sum(out.tokens for out in outs)
+    sum(out.loss * out.tokens for out in outs).div(tokens).backward()
+    wanted = gradient_of(model)
+    entropy = float(sum(out.cross_entropy * out.tokens for out in outs)) / tokens
+    passes = []
+    model.register_forward_hook(lambda module, arguments, out: passes.append(len(arguments[2])))
+    for size in (1000, 30, 1):
+        model.zero_grad()
+        passes.clear()
+        found = train.accumulate_gradient(model, examples, size, 0, train.nullcontext)
+        yield f"mean cross-entropy, {size} tokens at once", found, entropy
+        yield f"gradient, {size} tokens at once", gradient_of(model), wanted
+        yield f"parts, {size} tokens at once", len(passes), len(train.microbatches(examples, size, 0))
+
+
+@whole_batch.facts
+def _(train, hint):
+    examples, model, gradients = example_ids(train), tiny_hint(hint), []
+    parts = train.microbatches(examples, 20, 0)
+    for mean_of_means in (False, True):
+        model.zero_grad()
+        for part in parts:
+            out = model(*train.collate(part))
+            share = 1 / len(parts) if mean_of_means else out.tokens / sum(len(example.target) for example in examples)
+            (out.loss * share).backward()
+        gradients.append(gradient_of(model))
+    yield "error of the mean of means", (gradients[1] - gradients[0]).norm() / gradients[0].norm(), "0.6"
+
+
+def example_ids(train):
+    """Make ten examples of three instructions, with targets of 1 to 9 tokens."""
+    draw = random.Random(0)
+    sizes = [(number % 3, draw.randint(2, 6), (1, 9, 2, 5, 1, 8)[number % 6]) for number in range(10)]
+    return [train.Ids([20 + task, 30, 1], [draw.randint(3, 52) for _ in range(size)],
+                      [draw.randint(3, 52) for _ in range(target)]) for task, size, target in sizes]  # fmt: skip
+
+
+def gradient_of(model):
+    """Join the gradients of all weights of a model."""
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+@exercise(
+    "rebuild", ["hypernet.StackHypernetwork.adapters"], level=3, minutes=30,
+    paper="Karimi Mahabadi et al. (2021), section 3 (task, layer and position embeddings)",
+    hint="z [B, L, t] comes first: one for each example and layer. Then one linear layer for each part of an adapter.",
+    why="Hyperformer++ adds 0.29 % of T5 base's parameters for each of eight tasks, as its abstract says.",
+    near={
+        "All layers get the adapter of the first one.":
+            ("self.layers.expand(batch, -1, -1)", "self.layers[:1].expand(batch, layers, -1)"),
+        "Your linear layers are those of the other place.":
+            ("self.heads[place % len(self.heads)]", "self.heads[(place + 1) % len(self.heads)]"),
+        "Both places use the first set of linear layers. Only Hyperformer++ shares it.":
+            ("self.heads[place % len(self.heads)]", "self.heads[0]"),
+        "Both places have the embedding of the first one.": ("self.places[place]", "self.places[0]"),
+        "Task and layer have changed places in what you join: [task; layer; place].":
+            ("read = [task.unsqueeze(1).expand(-1, layers, -1), self.layers.expand(batch, -1, -1)]",
+             "read = [self.layers.expand(batch, -1, -1), task.unsqueeze(1).expand(-1, layers, -1)]"),
+        "The place comes first in what you join: [task; layer; place].": ("torch.cat(read, dim=-1)", "torch.cat(read[2:] + read[:2], dim=-1)"),
+        "Scale and shift of the norm have changed places.": ("SerialAdapter(*layer)", "SerialAdapter(*layer[:4], layer[5], layer[4])"),
+        "Your matrices are filled column by column. Fill them row by row.":
+            ("unflatten(-1, shape)", "unflatten(-1, shape[::-1]).mT"),
+        "All examples get the adapters of the first task.":
+            ("task.unsqueeze(1).expand(-1, layers, -1)", "task[:1].unsqueeze(1).expand(batch, layers, -1)"),
+        "The adapters of the layers come in the opposite order.": ("zip(*parts)]", "zip(*parts)][::-1]"),
+    },
+    also=[("hypernet.StackHypernetwork.adapters", """
+        adapters = []
+        for layer in self.layers:
+            read = [task, layer.expand(len(task), -1)]
+            if self.places is not None:
+                read.append(self.places[place].expand(len(task), -1))
+            z = self.join(torch.cat(read, dim=1))
+            heads = self.heads[place] if self.places is None else self.heads[0]
+            adapters.append(SerialAdapter(*(h(z).view(-1, *s) for h, s in zip(heads, self.shapes))))
+        return adapters
+    """)],
+)  # fmt: skip
+def hyperformer(hypernet):
+    """Generate the serial adapters of one place (0: after attention, 1: after feed-forward), one for each layer.
+
+    z = `self.join`([task; layer embedding; place embedding]); `self.places` is None in the plain form, whose z knows
+    nothing of the place. A set of linear layers, one for each part of an adapter, turns z into parts of the shapes
+    `self.shapes`: `self.heads[place]`, or `self.heads[0]` for both places where these share it (Hyperformer++).
+    """
+    task = torch.randn(2, hypernet.TASK)
+    for shares in (False, True):
+        stack = hypernet.StackHypernetwork(6, 4, 3, shares)
+        for head in stack.heads.modules():
+            if isinstance(head, torch.nn.Linear):
+                torch.nn.init.normal_(head.bias)
+        for place in (0, 1):
+            adapters = stack.adapters(task, place)
+            yield "number of adapters", len(adapters), 3
+            for layer in range(3):
+                rows = [[*row, *stack.layers[layer].tolist()] for row in task.tolist()]
+                rows = [[*row, *stack.places[place].tolist()] for row in rows] if shares else rows
+                z, wanted = stack.join(torch.tensor(rows)), []
+                for head, (height, width) in zip(stack.heads[0 if shares else place], stack.shapes):
+                    flat, part = z @ head.weight.T + head.bias, torch.zeros(2, height, width)
+                    for i, j in itertools.product(range(height), range(width)):
+                        part[:, i, j] = flat[:, width * i + j]
+                    wanted.append(part)
+                form = "Hyperformer++" if shares else "Hyperformer"
+                yield f"{form}: place {place}, layer {layer}", adapters[layer], copied(wanted)
+
+
+@hyperformer.facts
+def _(hint):
+    config = hint.T5Config(**{**BASE, "d_ff": 3072}, feed_forward_proj="relu", tie_word_embeddings=True)  # v1.0
+    about = hint.HINTConfig(
+        bottleneck=24, generator="hyperformer++", hyperencoder="table", tasks=8, fusion=False, trains="hypernetwork+norms"
+    )
+    model = hint.on_meta(config, about)
+    size, added = (sum(p.numel() for p in part.parameters()) for part in (model.t5, model.hypernetwork))
+    yield "parameters for each of eight tasks, percent of T5", 100 * added / size / 8, "0.29 %"
