@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
 
-from mechanics import HERE, STILL_THERE, Attempt, Exercise, alike, all_exercises, edited, judge, judge_answer
-from mechanics import observe, own_functions, read_attempt, refuse_unless_puzzle, stream, working_file
+from mechanics import (
+    HERE, Attempt, Exercise, alike, edited, judge, judge_answer, observe, own_functions, read_attempt,
+    refuse_unless_puzzle, stream, working_file,
+)  # fmt: skip
 
 RECORDED = HERE / "recorded"  # results of runs, for the audit of ablations
 MUTANTS = 30  # for each target
@@ -125,15 +127,15 @@ def audit_all(exercises: list[Exercise], mutants: bool) -> int:
     results = []
     for exercise in exercises:
         result = audit(exercise)
-        near = len(exercise.near_misses)
-        print(f"{exercise.name:28} {result.caught}/{near} caught, {result.told_apart} told apart, {result.seconds:.1f} s")
+        caught = f"{result.caught}/{len(exercise.near_misses)} caught"
+        print(f"{exercise.name:28} {caught}, {result.told_apart} told apart, {result.seconds:.1f} s")
         print("".join(f"    {problem}\n" for problem in result.problems), end="", flush=True)
         results.append(result)
     near = sum(len(exercise.near_misses) for exercise in exercises)
-    caught, told, seconds = (sum(getattr(result, name) for result in results) for name in ("caught", "told_apart", "seconds"))
-    ways = sum(len(exercise.also) for exercise in exercises)
-    print(f"{len(exercises)} exercises, {near} near misses, {caught} caught, {told} told apart, {ways} other right ways, "
-          f"{seconds:.0f} s")  # fmt: skip
+    caught, told = sum(result.caught for result in results), sum(result.told_apart for result in results)
+    print(f"{len(exercises)} exercises, {near} near misses, {caught} caught, {told} told apart, "
+          f"{sum(len(exercise.also) for exercise in exercises)} other right ways, "
+          f"{sum(result.seconds for result in results):.0f} s")  # fmt: skip
     if mutants:
         audit_mutants([exercise for exercise in exercises if exercise.targets])
     return sum(len(result.problems) for result in results)
@@ -143,8 +145,9 @@ def audit_all(exercises: list[Exercise], mutants: bool) -> int:
 
 OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-    ast.MatMult: ast.Mult, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.Lt: ast.LtE, ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And,
+    ast.MatMult: ast.Mult, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or,
+    ast.Or: ast.And,
 }  # fmt: skip
 
 

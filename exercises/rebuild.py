@@ -15,18 +15,21 @@ BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_he
 @exercise(
     "rebuild", ["t5.Adapter.__call__"], level=1, minutes=10, paper="HINT, equation (1)",
     hint="Two products and an activation between them. The block adds the residual, so the adapter does not.",
-    why="p, all numbers generated for one instruction, is 4 % of the N parameters of T5 XL, and they are new for each task.",
+    why="The numbers generated for one instruction, p, are 4 % of the N parameters of T5 XL, and new for each task.",
     near={
         "You add u to the result. The block has that residual already.":
             ("self.up) + self.up_bias", "self.up) + self.up_bias + u"),
         "Your activation is relu. Equation (1) has gelu.": ('F.gelu(hidden, approximate="tanh")', "F.relu(hidden)"),
         "Your first bias is added after the activation. It belongs inside.":
-            (" + self.down_bias", "", 'F.gelu(hidden, approximate="tanh")', 'F.gelu(hidden, approximate="tanh") + self.down_bias'),
-        "Your gelu is the exact one. T5 uses its tanh approximation.": ('F.gelu(hidden, approximate="tanh")', "F.gelu(hidden)"),
+            (" + self.down_bias",
+             "", 'F.gelu(hidden, approximate="tanh")', 'F.gelu(hidden, approximate="tanh") + self.down_bias'),
+        "Your gelu is the exact one. T5 uses its tanh approximation.":
+            ('F.gelu(hidden, approximate="tanh")', "F.gelu(hidden)"),
         "Your second bias is missing.": (" + self.up_bias", ""),
         "Your first bias is missing.": (" + self.down_bias", ""),
         "Every row gets the adapter of the first row. In a mixed batch each row has its own.":
-            ("u, self.down)", "u, self.down[:1].expand(len(u), -1, -1))", "self.up)", "self.up[:1].expand(len(u), -1, -1))"),
+            ("u, self.down)",
+             "u, self.down[:1].expand(len(u), -1, -1))", "self.up)", "self.up[:1].expand(len(u), -1, -1))"),
         "There is no activation between your two products, so that they are one product.":
             ('F.gelu(hidden, approximate="tanh")', "hidden"),
     },
@@ -61,8 +64,8 @@ def adapter(t5):
 
 @adapter.facts
 def _(hint):
-    config = hint.HINTConfig()
-    model = hint.on_meta(hint.T5Config(d_model=2048, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32), config)
+    config = hint.T5Config(d_model=2048, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32)
+    model = hint.on_meta(config, hint.HINTConfig())
     size = sum(parameter.numel() for parameter in model.t5.parameters())
     kinds = model.hypernetwork.kinds.values()
     generated = sum(kind.slots * kind.columns * kind.width for kind in kinds)
@@ -74,23 +77,27 @@ def _(hint):
     hint="Join the scores of all parts before the softmax, and cut the weights again after it.",
     why="A fresh score has a standard deviation of 1.0, because W_q starts small. Divided by sqrt(64), it has 0.12.",
     near={
-        "You divide the scores by sqrt(k). T5 does not.": ("scores = scores + bias", "scores = scores / query.shape[-1] ** 0.5 + bias"),
+        "You divide the scores by sqrt(k). T5 does not.":
+            ("scores = scores + bias", "scores = scores / query.shape[-1] ** 0.5 + bias"),
         "You take a softmax for each part. One softmax runs over the keys of all parts.": ("t5.attend", """
             lengths = [part.key.shape[2] for part in parts]
             bias = F.pad(bias, (sum(lengths) - bias.shape[-1], 0))
             scores = [query @ part.key.mT + piece for part, piece in zip(parts, bias.split(lengths, -1))]
             return sum(dropout(score.softmax(-1).type_as(query)) @ part.value for score, part in zip(scores, parts))
         """),
-        "Your softmax runs over the queries. It runs over the keys, the last axis.": ("dim=-1).type_as", "dim=-2).type_as"),
+        "Your softmax runs over the queries. It runs over the keys, the last axis.":
+            ("dim=-1).type_as", "dim=-2).type_as"),
         "The bias is not added.": ("scores = scores + bias", "scores = scores"),
         "You add the bias to the weights. It belongs to the scores, before the softmax.":
             ("scores = scores + bias", "", "dropout(scores.softmax(dim=-1)", "dropout((scores.softmax(dim=-1) + bias)"),
         "You drop scores. Dropout is for the weights, after the softmax.":
             ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
-        "Dropout is not called.": ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
+        "Dropout is not called.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
         "The weights of one part meet the values of another.": ("zip(pieces, parts)", "zip(pieces, parts[::-1])"),
         "The prefix stands at the end of your bias. It is the first P keys.": ("(prefix, 0)", "(0, prefix)"),
-        "Your prefix is hidden. Its bias is zero.": ("F.pad(bias, (prefix, 0))", "F.pad(bias, (prefix, 0), value=MASKED)"),
+        "Your prefix is hidden. Its bias is zero.":
+            ("F.pad(bias, (prefix, 0))", "F.pad(bias, (prefix, 0), value=MASKED)"),
         "Your prefix has the bias of the first token. It has no position, so its bias is zero.":
             ("F.pad(bias, (prefix, 0))", "torch.cat([bias[..., :1].expand(*bias.shape[:-1], prefix), bias], -1)"),
     },
@@ -109,7 +116,8 @@ def attention(t5):
     A batch of 1 in a part serves all rows. `dropout` is a function of the weights.
     """
     heads, queries, width = 2, 4, 3
-    for what, sizes in (("one part", [(2, 5)]), ("two parts", [(2, 3), (2, 3)]), ("a shared part", [(1, 2), (2, 4), (2, 1)])):
+    batches = {"one part": [(2, 5)], "two parts": [(2, 3), (2, 3)], "a shared part": [(1, 2), (2, 4), (2, 1)]}
+    for what, sizes in batches.items():
         query, total = torch.randn(2, heads, queries, width), sum(length for _, length in sizes)
         parts = [t5.KeyValue(*torch.randn(2, batch, heads, length, width)) for batch, length in sizes]
         for prefix in (0, 2):
@@ -143,15 +151,18 @@ def _(t5):
             ("[p.expand(batch, -1, -1, -1).type_as(x), x]", "[x, p.expand(batch, -1, -1, -1).type_as(x)]"),
         "Keys and values of the prefix have changed places.": ("zip(self, new)", "zip(self[::-1], new)"),
         "Only the keys got a prefix. The values need one too.":
-            ("t5.KeyValue.before", "key = torch.cat([self.key.expand(len(new.key), -1, -1, -1).type_as(new.key), new.key], dim=2)\n"
+            ("t5.KeyValue.before",
+             "key = torch.cat([self.key.expand(len(new.key), -1, -1, -1).type_as(new.key), new.key], dim=2)\n"
              "return KeyValue(key, new.value)"),
         "Every row gets the prefix of the first row.": ("p.expand(batch", "p[:1].expand(batch"),
         "The type changes: the result has the type of the tokens' keys and values.": (".type_as(x), x", ", x"),
         "The tokens are gone: only the prefix is left.": (".type_as(x), x]", ".type_as(x)]"),
-        "The cross-prefix stands after the sources.": ("(*modules.cross_prefix, *projected)", "(*projected, *modules.cross_prefix)"),
+        "The cross-prefix stands after the sources.":
+            ("(*modules.cross_prefix, *projected)", "(*projected, *modules.cross_prefix)"),
         "The cross-prefix is missing.": ("(*modules.cross_prefix, *projected)", "tuple(projected)"),
         "The sources come in the wrong order.": ("for source in sources]", "for source in sources[::-1]]"),
-        "The LoRA of the self-attention is used. The cross-attention has its own.": ("modules.cross_lora", "modules.lora"),
+        "The LoRA of the self-attention is used. The cross-attention has its own.":
+            ("modules.cross_lora", "modules.lora"),
         "The LoRA of the cross-attention is not used.": (", modules.cross_lora", ""),
         "The self-attention projects the sources. The cross-attention has weights of its own.":
             ("self.cross_attention.project", "self.self_attention.project"),
@@ -207,9 +218,11 @@ def _(t5):
 
 
 @exercise(
-    "rebuild", ["hypernet.ColumnGenerator.weights"], level=3, minutes=40, paper="HINT, section 3.1.1 (parameter generators)",
-    hint="Join the embeddings in the order of `self.kinds`, attend once, split in the same order, then call the networks.",
-    why="At T5 base 26,784 embeddings become as many columns. Undivided, the demo's loss at step 400 was 1.01, not 0.78 (one seed).",
+    "rebuild", ["hypernet.ColumnGenerator.weights"], level=3, minutes=40,
+    paper="HINT, section 3.1.1 (parameter generators)",
+    hint="Join the embeddings in the order of `self.kinds`, attend once, split in that order, then call the networks.",
+    why="At T5 base 26,784 embeddings become as many columns. "
+        "If these are not divided, the demo's loss at step 400 is 1.01 in place of 0.78 (one seed).",
     near={
         "Your columns are not divided by sqrt(d): multiply by `self.scale`.": (" * self.scale", ""),
         "Your columns are divided by d. Divide them by sqrt(d).": ("* self.scale", "* self.scale**2"),
@@ -218,8 +231,10 @@ def _(t5):
         "The columns of one slot are not neighbours in your Z: embeddings are listed slot by slot.":
             ("(kind.slots, kind.columns))", "(kind.columns, kind.slots)).transpose(1, 2)"),
         "Nobody reads the instruction: Z is C itself.": ("if self.attention is None:", "if True:"),
-        "Padding is read. Hand the mask to the attention.": ("states, attention_mask, recompute", "states, attention_mask * 0 + 1, recompute"),
-        "All examples get the weights of the first instruction.": ("pieces = z.split", "pieces = z[:1].expand(len(states), -1, -1).split"),
+        "Padding is read. Hand the mask to the attention.":
+            ("states, attention_mask, recompute", "states, attention_mask * 0 + 1, recompute"),
+        "All examples get the weights of the first instruction.":
+            ("pieces = z.split", "pieces = z[:1].expand(len(states), -1, -1).split"),
         "You add the embeddings to what the attention returns. There is no residual.":
             ("z = recomputable(self.attention,", "z = z + recomputable(self.attention,"),
         "The embeddings of one kind are used for another: join and split in the same order.":
@@ -279,31 +294,38 @@ def _(hint):
 @exercise(
     "rebuild", ["hypernet.Generator.layer"], level=2, minutes=20, paper="HINT, section 3.1.1 (scaling down parameters)",
     hint="What embedding j wrote is column j of W_down and row j of W_up. A matrix turned is not a matrix reshaped.",
-    why="Training does not find this error: with W_down reshaped the demo's loss at step 400 was 0.80, not 0.78 (one seed).",
+    why="Training does not find this error: with W_down reshaped, the demo's loss at step 400 is 0.80, with yours 0.78 "
+        "(one seed).",
     near={
         "You reshape W_down, as the authors' code does: an embedding then fills several rows. Turn it (`.mT`).":
-            ("weights[\"adapter_down\"][layer].mT", "weights[\"adapter_down\"][layer].reshape_as(weights[\"adapter_down\"][layer].mT)"),
+            ("weights[\"adapter_down\"][layer].mT",
+             "weights[\"adapter_down\"][layer].reshape_as(weights[\"adapter_down\"][layer].mT)"),
         "You turn W_up in place of W_down. Vector j is row j of W_up and column j of W_down.":
             ("[layer].mT, weights[\"adapter_up\"][layer]", "[layer], weights[\"adapter_up\"][layer].mT"),
         "In your prefix, heads and their numbers have changed places: a head is k neighbours of a vector.":
-            ("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "part.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)"),
+            ("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
+             "part.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)"),
         "You reshape a prefix to [B, h, P, k] without exchanging axes: heads get numbers of other places.":
-            ("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "part.reshape(len(part), self.heads, part.shape[1], -1)"),
-        "The biases have changed places.": ("weights[\"adapter_down_bias\"][layer], up, weights[\"adapter_up_bias\"][layer]",
-                                            "weights[\"adapter_up_bias\"][layer], up, weights[\"adapter_down_bias\"][layer]"),
-        "The prefix of the cross-attention is given to the self-attention: the first number is that of the self-attention.":
+            ("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
+             "part.reshape(len(part), self.heads, part.shape[1], -1)"),
+        "The biases have changed places.":
+            ("weights[\"adapter_down_bias\"][layer], up, weights[\"adapter_up_bias\"][layer]",
+             "weights[\"adapter_up_bias\"][layer], up, weights[\"adapter_down_bias\"][layer]"),
+        "The self-attention gets the prefix of the cross-attention. The first number is that of the self-attention.":
             ("own, cross = prefixes[:1], prefixes[1:]", "own, cross = prefixes[-1:], prefixes[:-1]"),
         "Keys and values of the prefix have changed places.":
-            ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]", "weights[\"prefix_value\"][slot], weights[\"prefix_key\"][slot]"),
+            ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
+             "weights[\"prefix_value\"][slot], weights[\"prefix_key\"][slot]"),
         "You take prefixes by the number of the layer. They are numbered by attention.":
-            ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]", "weights[\"prefix_key\"][layer], weights[\"prefix_value\"][layer]"),
+            ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
+             "weights[\"prefix_key\"][layer], weights[\"prefix_value\"][layer]"),
         "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.": (" * self.lora_scale", ""),
         "LoRA of queries and of values have changed places.":
             ("LoRA(query_down, query_up, value_down, value_up)", "LoRA(value_down, value_up, query_down, query_up)"),
         "There is no cross-prefix.": ("tuple(cross)", "()"),
     },
-    also=[("[layer].mT, weights", "[layer].transpose(1, 2), weights",
-           "part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "torch.stack(part.chunk(self.heads, dim=-1), dim=1)")],
+    also=[("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "torch.stack(part.chunk(self.heads, -1), dim=1)",
+           "[layer].mT, weights", "[layer].transpose(1, 2), weights")],
 )  # fmt: skip
 def hand_over(hint):
     """Hand the generated columns of one layer to T5, as adapter, prefixes and LoRA.
@@ -345,13 +367,16 @@ def hand_over(hint):
 
 @exercise(
     "rebuild", ["hint.HINT.fuse", "hint.HINT.forward"], level=2, minutes=30, paper="HINT, sections 3.1 and 3.3",
-    hint="`torch.unique(..., dim=0, return_inverse=True)` names the distinct instructions, and which one each example has.",
-    why="16 examples of two tasks would cost 4.6 times the FLOPs (T5 base, instructions of 128 tokens, inputs of 64, answers of 16) "
-        "if each encoded its own instruction.",
+    hint="`torch.unique(..., dim=0, return_inverse=True)` gives the distinct instructions, and the one of each example.",
+    why="To encode the instruction of every example would cost 4.3 times the FLOPs: 16 examples of two tasks, instructions "
+        "of 128 tokens, inputs of 64, answers of 16, two layers of base's width.",
     near={
-        "The input is encoded without the generated modules.": ("input_ids, attention_mask, task.modules)", "input_ids, attention_mask)"),
-        "The decoder reads the input twice, and the instruction never.": ("[Source(task.states, task.attention_mask), source]", "[source, source]"),
-        "The decoder does not read the instruction: there is no fusion.": ("[Source(task.states, task.attention_mask), source]", "[source]"),
+        "The input is encoded without the generated modules.":
+            ("input_ids, attention_mask, task.modules)", "input_ids, attention_mask)"),
+        "The decoder reads the input twice, and the instruction never.":
+            ("[Source(task.states, task.attention_mask), source]", "[source, source]"),
+        "The decoder does not read the instruction: there is no fusion.":
+            ("[Source(task.states, task.attention_mask), source]", "[source]"),
         "The padding of instructions is read. Hand on the instruction's mask.":
             ("Source(task.states, task.attention_mask)", "Source(task.states, torch.ones_like(task.attention_mask))"),
         "The decoder has no modules.": ("self.fuse(task, input_ids), task.modules)", "self.fuse(task, input_ids))"),
@@ -361,8 +386,10 @@ def hand_over(hint):
             ("distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)",
              "distinct, example_of = instruction_ids, torch.arange(len(instruction_ids))"),
         "All examples get the modules of one instruction.": ("index_select(0, index)", "index_select(0, 0 * index)"),
-        "The mask that was given is not used.": ("input_ids, attention_mask, task.modules)", "input_ids, None, task.modules)"),
-        "The input is not read, only the instruction.": ("[Source(task.states, task.attention_mask), source]", "[Source(task.states, task.attention_mask)]"),
+        "The mask that was given is not used.":
+            ("input_ids, attention_mask, task.modules)", "input_ids, None, task.modules)"),
+        "The input is not read, only the instruction.":
+            ("[Source(task.states, task.attention_mask), source]", "[Source(task.states, task.attention_mask)]"),
     },
     also=[("hint.HINT.fuse", """
         source = self.t5.read(input_ids, attention_mask, task.modules)
@@ -401,33 +428,38 @@ def fusion(hint):
         encoded.clear()
         found = model(*(ids[rows] for ids in (instructions, inputs, labels)))
         number = len(set(instructions[rows, 0].tolist()))
-        yield f"loss of {len(rows)} examples of {number} tasks", found.cross_entropy, (sum(losses) / sum(tokens)).detach()
+        wanted = (sum(losses) / sum(tokens)).detach()
+        yield f"loss of {len(rows)} examples of {number} tasks", found.cross_entropy, wanted
         yield f"instructions encoded for {len(rows)} examples of {number} tasks", sum(encoded), number
     told = model.encode_instruction(instructions[:1, :4])
     mask = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 0]])
     seen = [model.t5.read(inputs[:2], mask, told.modules).states, mask]
     wanted = [torch.cat([part.expand(2, *part.shape[1:]), own], 1) for part, own in zip(told[1:], seen)]
-    found = [[part.expand(2, *part.shape[1:]) for part in source] for source in model.fuse(told, inputs[:2], mask)]
-    yield "sources of one task and two inputs, some tokens hidden", [torch.cat(x, 1) for x in zip(*found)], copied(wanted)
+    rows = [[part.expand(2, *part.shape[1:]) for part in source] for source in model.fuse(told, inputs[:2], mask)]
+    found = tuple(torch.cat(parts, dim=1) for parts in zip(*rows))
+    yield "states and mask of one task and two inputs, some tokens hidden", found, copied(wanted)
     model = tiny_hint(hint, {"fusion": False})
     losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(4)))
-    yield "a model without fusion", model(instructions, inputs, labels).cross_entropy, (sum(losses) / sum(tokens)).detach()
+    wanted = (sum(losses) / sum(tokens)).detach()
+    yield "loss of a model without fusion", model(instructions, inputs, labels).cross_entropy, wanted
 
 
 @fusion.facts
 def _(hint):
-    once, answers = hint.exact_flops(hint.on_meta(hint.T5Config(**BASE), hint.HINTConfig()), 16, 64, 128, 16)
-    yield "FLOPs of 16 encodings in place of two", (16 * once + answers) / (2 * once + answers), "4.6"
+    config = hint.T5Config(**{**BASE, "num_layers": 2, "num_decoder_layers": 2})
+    once, answers = hint.exact_flops(hint.on_meta(config, hint.HINTConfig()), 16, 64, 128, 16)
+    yield "FLOPs of 16 encodings in place of two", (16 * once + answers) / (2 * once + answers), "4.3"
 
 
 @exercise(
     "rebuild", ["t5.Cache.before"], level=1, minutes=15, paper="HINT, section 3.3 (inference); cached decoding",
     hint="`room[:, :, -T:]` are the last T places. Assigning to them writes into the cache itself.",
-    why="Without a cache, an answer of 128 tokens takes 64 times as many positions: each step reads all earlier tokens again.",
+    why="Without a cache each step reads all earlier tokens again: 64 times as many positions for an answer of 128.",
     near={
         "You write into the first places. New tokens belong to the last ones.":
             ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
-        "You give back the new tokens alone. The attention needs the earlier ones too.": ("return KeyValue(*self)", "return new"),
+        "You give back the new tokens alone. The attention needs the earlier ones too.":
+            ("return KeyValue(*self)", "return new"),
         "You give back a joined copy, and the cache itself stays empty: the next step finds zeros.":
             ("t5.Cache.before", """
                 return KeyValue(*(torch.cat([room[:, :, : -x.shape[2]], x], dim=2) for room, x in zip(self, new)))
@@ -436,11 +468,13 @@ def _(hint):
             ("t5.Cache.before", "return KeyValue(*(torch.cat([room, x], dim=2) for room, x in zip(self, new)))"),
         "Your tokens stand one place too early.":
             ("room[:, :, -x.shape[2] :] = x", "room[:, :, -x.shape[2] - 1 : -1] = x"),
-        "The values are written over the keys.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1] * 2, new)"),
+        "The values are written over the keys.":
+            ("for room, x in zip(self, new)", "for room, x in zip(self[:1] * 2, new)"),
         "Only the keys are written.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1], new)"),
         "Keys and values have changed places.": ("zip(self, new)", "zip(self, new[::-1])"),
         "You add to what stands in the room. Overwrite it.": ("x.shape[2] :] = x", "x.shape[2] :] += x"),
-        "Only the last of several new tokens is written.": ("room[:, :, -x.shape[2] :] = x", "room[:, :, -1] = x[:, :, -1]"),
+        "Only the last of several new tokens is written.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, -1] = x[:, :, -1]"),
     },
     also=[("t5.Cache.before", """
         length = new.key.shape[2]
@@ -479,11 +513,15 @@ def _(t5):
     hint="A LayerNorm subtracts the mean and adds a bias. This norm does neither.",
     why="Taken in bf16, the length of a row of 4,096 numbers is off by up to 0.2 %.",
     near={
-        "You subtract the mean. T5's norm does not.": ("return self.weight * (x *", "return self.weight * ((x - x.mean(-1, True)) *"),
+        "You subtract the mean. T5's norm does not.":
+            ("return self.weight * (x *", "return self.weight * ((x - x.mean(-1, True)) *"),
         "Your epsilon is added to the root. It belongs under the root.":
-            ("torch.rsqrt(norm.square() / x.shape[-1] + self.epsilon)", "1 / (norm / x.shape[-1] ** 0.5 + self.epsilon)"),
-        "You divide by the length of the row. Divide by its RMS: the length over sqrt(d).": ("norm.square() / x.shape[-1]", "norm.square()"),
-        "You take the statistics in bf16. Take them in fp32.": (", dtype=torch.promote_types(x.dtype, torch.float32)", ""),
+            ("torch.rsqrt(norm.square() / x.shape[-1] + self.epsilon)",
+             "1 / (norm / x.shape[-1] ** 0.5 + self.epsilon)"),
+        "You divide by the length of the row. Divide by its RMS: the length over sqrt(d).":
+            ("norm.square() / x.shape[-1]", "norm.square()"),
+        "You take the statistics in bf16. Take them in fp32.":
+            (", dtype=torch.promote_types(x.dtype, torch.float32)", ""),
         "The weight is not used.": ("self.weight * (", "("),
         "You divide the sum of squares by d - 1. Divide it by d.": ("x.shape[-1] +", "(x.shape[-1] - 1) +"),
         "You divide by the mean square. Take its root.": ("torch.rsqrt(", "torch.reciprocal("),
@@ -521,21 +559,25 @@ def norm(t5):
 def _(t5):
     x = torch.randn(64, 4096).bfloat16()
     true = x.double().square().mean(-1)
-    yield "largest error of an RMS taken in bf16, percent", 100 * ((x.square().mean(-1) / true).sqrt() - 1).abs().max(), "0.2 %"
+    error = ((x.square().mean(-1) / true).sqrt() - 1).abs().max()
+    yield "largest error of an RMS taken in bf16, percent", 100 * error, "0.2 %"
 
 
 @exercise(
     "rebuild", ["t5.relative_position_bucket"], level=3, minutes=30, paper="Raffel et al., section 2.1 (position bias)",
-    hint="Half of the buckets are exact. The logarithmic half is such that max_distance would be the first place beyond it.",
+    hint="Half of the buckets are exact. The others are logarithmic: one more would begin at max_distance.",
     why="32 numbers a head are enough for texts of any length: beyond a distance of 128 all keys share a bucket.",
     near={
         "Keys before and after the query have changed places.": ("(relative > 0)", "(relative < 0)"),
-        "Your decoder tells later keys apart. For the decoder they all have distance 0.": ("(-relative).clamp(min=0)", "relative.abs()"),
+        "Your decoder tells later keys apart. For the decoder they all have distance 0.":
+            ("(-relative).clamp(min=0)", "relative.abs()"),
         "Your last exact bucket is a logarithmic one already.": ("distance < exact,", "distance < exact - 1,"),
         "Far keys run over the last bucket. Clamp them.": (".clamp(max=num_buckets - 1)", ""),
         "You round to the nearest bucket. Round down.": (").long())", ").round().long())"),
-        "Your logarithmic part has num_buckets buckets. It has num_buckets - exact.": ("(num_buckets - exact)).long", "num_buckets).long"),
-        "Both directions share their buckets. In the encoder each direction has its half.": ("(relative > 0) * num_buckets", "0"),
+        "Your logarithmic part has num_buckets buckets. It has num_buckets - exact.":
+            ("(num_buckets - exact)).long", "num_buckets).long"),
+        "Both directions share their buckets. In the encoder each direction has its half.":
+            ("(relative > 0) * num_buckets", "0"),
         "Distance 0 is counted as a key after the query.": ("relative > 0", "relative >= 0"),
         "All your buckets are exact: far keys are not spread by a logarithm.":
             ("(logarithm * (num_buckets - exact)).long()", "(distance - exact)"),
@@ -567,7 +609,8 @@ def buckets(t5):
         direction = "both directions" if both else "the past alone"
         for part, rows in (("keys before the query", slice(0, 301)), ("keys after the query", slice(301, None))):
             yield f"{size} buckets to {furthest}, {direction}: {part}", found[rows], wanted[rows]
-    yield "one pair of positions", t5.relative_position_bucket(torch.tensor([[-7, 3]]), True, 32, 128), torch.tensor([[7, 19]])
+    found = t5.relative_position_bucket(torch.tensor([[-7, 3]]), True, 32, 128)
+    yield "7 places before and 3 after the query", found, torch.tensor([[7, 19]])
 
 
 @buckets.facts
@@ -587,10 +630,12 @@ def _(t5):
         "Your log Z is not squared.": ("log_z.square()", "log_z"),
         "You compute in the type of the logits. Compute in fp32.": ("logits.float()", "logits"),
         "You give sums. Give means over the tokens.": ("count = max(len(labels), 1)", "count = 1"),
-        "You divide by the number of logits. Divide by the number of tokens.": ("max(len(labels), 1)", "max(logits.numel(), 1)"),
+        "You divide by the number of logits. Divide by the number of tokens.":
+            ("max(len(labels), 1)", "max(logits.numel(), 1)"),
         "Without a single label your loss is NaN. Divide by at least 1.": ("max(len(labels), 1)", "len(labels)"),
         "The z-loss is missing.": ("cross_entropy + Z_LOSS * log_z.square().sum() / count", "cross_entropy"),
-        "You square the mean of log Z. Take the mean of the squares.": ("log_z.square().sum() / count", "(log_z.sum() / count).square()"),
+        "You square the mean of log Z. Take the mean of the squares.":
+            ("log_z.square().sum() / count", "(log_z.sum() / count).square()"),
         "Your cross-entropy holds the z-loss too. Give it without.":
             ("cross_entropy, len(labels))", "cross_entropy + Z_LOSS * log_z.square().sum() / count, len(labels))"),
         "Your cross-entropy lacks log Z.": ("(log_z - chosen)", "(-chosen)"),
@@ -618,7 +663,8 @@ def loss(t5):
         square = sum(log**2 for log in logs) / 5
         found = t5.token_loss(given, labels)
         yield f"cross-entropy of {what} logits", found.cross_entropy, torch.tensor(wanted)
-        yield f"10,000 * (loss - cross-entropy) of {what} logits", 1e4 * (found.loss - wanted), torch.tensor(square), 1e-2
+        z_loss = 1e4 * (found.loss - wanted)
+        yield f"10,000 * (loss - cross-entropy) of {what} logits", z_loss, torch.tensor(square), 1e-2
         yield "tokens", found.tokens, 5
     yield "no labels", t5.token_loss(logits[:0], labels[:0]), (torch.tensor(0.0), torch.tensor(0.0), 0)
 
@@ -647,17 +693,19 @@ def _(t5):
             logits, targets = self._target_logits(labels, sources, modules)
             return -F.cross_entropy(logits.float(), targets).expand(len(labels))
         """),
-        "Tokens of one answer are counted for another: short answers have padding, and you deal the tokens out in order.":
+        "Tokens of one answer are counted for another: you deal them out in order, as if no answer had padding.":
             ("t5.T5.log_probabilities", """
             logits, targets = self._target_logits(labels, sources, modules)
             chosen = -F.cross_entropy(logits.float(), targets, reduction="none")
             return F.pad(chosen, (0, labels.numel() - len(chosen))).view(labels.shape).sum(1)
         """),
         "You add up logits. A log-probability is the logit less log Z.":
-            ("-F.cross_entropy(logits.float(), targets, reduction=\"none\")", "logits.float().gather(1, targets[:, None])[:, 0]"),
+            ("-F.cross_entropy(logits.float(), targets, reduction=\"none\")",
+             "logits.float().gather(1, targets[:, None])[:, 0]"),
         "You give probabilities. Give their logarithms.": ("chosen).sum(1)", "chosen).sum(1).exp()"),
         "You compute in the type of the model. Compute in fp32.": ("logits.float()", "logits"),
-        "The modules are not used.": ("self._target_logits(labels, sources, modules)", "self._target_logits(labels, sources, None)"),
+        "The modules are not used.":
+            ("self._target_logits(labels, sources, modules)", "self._target_logits(labels, sources, None)"),
     },
     also=[("t5.T5.log_probabilities", """
         logits, targets = self._target_logits(labels, sources, modules)
@@ -705,12 +753,13 @@ def _():
 @exercise(
     "rebuild", ["data.split_for_hint"], level=1, minutes=15, paper="HINT, section 3.3 (hypernetwork pretraining)",
     hint="`draw.randint(a, b)` may give both a and b. The second point depends on the first.",
-    why="Two points drawn at once and sorted would make instructions short: of 512 ids 170 on average, in place of 255.",
+    why="Two points drawn at once and sorted make instructions short: of 512 ids 170 on average, in place of 255.",
     near={
         "Your parts do not end in `</s>`.": ("[*part, EOS]", "[*part]"),
         "Your target may be too short: three ids at least belong to it.":
             ("second = draw.randint(first, len(ids) - 3)", "second = draw.randint(first, len(ids))"),
-        "Your instruction may be empty: it has one id at least.": ("draw.randint(1, len(ids) - 3)", "draw.randint(0, len(ids) - 3)"),
+        "Your instruction may be empty: it has one id at least.":
+            ("draw.randint(1, len(ids) - 3)", "draw.randint(0, len(ids) - 3)"),
         "You draw both points from the whole range and sort them. The second is drawn from what the first has left.":
             ("data.split_for_hint", """
             first, second = sorted(draw.randint(1, len(ids) - 3) for _ in range(2))
@@ -751,11 +800,11 @@ def split(data):
         lengths = [len(part) - 1 for part in parts]
         firsts[lengths[0]] += 1
         seconds[lengths[0] + lengths[1]] += 1
-    yield "how often the first point is 0, 1, 2, ..., of 4,000", torch.tensor(firsts) / 4000, \
-        torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]) / 4, 0.12
-    # the second point is j if the first is i <= j, each with a probability of 1/4, and then one of 5 - i points
-    wanted = [0, 1 / 16, 1 / 16 + 1 / 12, 1 / 16 + 1 / 12 + 1 / 8, 1 / 16 + 1 / 12 + 1 / 8 + 1 / 4, 0, 0, 0]
-    yield "how often the second point is 0, 1, 2, ..., of 4,000", torch.tensor(seconds) / 4000, torch.tensor(wanted), 0.06
+    firsts, seconds = torch.tensor(firsts) / 4000, torch.tensor(seconds) / 4000
+    yield "how often the first point is 0, 1, 2, ...", firsts, torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]) / 4, 0.12
+    # The second point is j if the first is i <= j, each with a probability of 1/4, and then one of 5 - i points.
+    sums = list(itertools.accumulate([1 / 16, 1 / 12, 1 / 8, 1 / 4]))
+    yield "how often the second point is 0, 1, 2, ...", seconds, torch.tensor([0, *sums, 0, 0, 0]), 0.06
 
 
 @split.facts
@@ -770,14 +819,17 @@ def _(data):
 @exercise(
     "rebuild", ["data.exact_match", "data.rouge_l", "data.score"], level=2, minutes=30, paper="HINT, table 1 (metrics)",
     hint="A table of (len(a) + 1) x (len(b) + 1) numbers gives the longest common subsequence of a and b.",
-    why="Of 'the red cat sat' and 'the cat sat down', the common part is 'the cat sat': 3 of 4 words in both, ROUGE-L 75.",
+    why="'the red cat sat' and 'the cat sat down' share 'the cat sat': 3 of the 4 words of each, a ROUGE-L of 75.",
     near={
         "You stem words of three letters. Only longer ones are stemmed.":
             ("_stem(word) if len(word) > 3 else word for", "_stem(word) for"),
-        "You do not stem: 'walking' and 'walked' are one word.": ("_stem(word) if len(word) > 3 else word for", "word for"),
-        "Your ROUGE-L minds capital letters.": ('re.findall("[a-z0-9]+", text.lower())', 're.findall("[A-Za-z0-9]+", text)'),
+        "You do not stem: 'walking' and 'walked' are one word.":
+            ("_stem(word) if len(word) > 3 else word for", "word for"),
+        "Your ROUGE-L minds capital letters.":
+            ('re.findall("[a-z0-9]+", text.lower())', 're.findall("[A-Za-z0-9]+", text)'),
         "You keep accented letters. Words are of a-z and 0-9 alone.": ('"[a-z0-9]+"', r'r"\w+"'),
-        "You give the recall alone. ROUGE-L is the F1.": ("return 2 * precision * recall / (precision + recall)", "return recall"),
+        "You give the recall alone. ROUGE-L is the F1.":
+            ("return 2 * precision * recall / (precision + recall)", "return recall"),
         "You give the precision alone. ROUGE-L is the F1.":
             ("return 2 * precision * recall / (precision + recall)", "return precision"),
         "You count common words in any order. A subsequence keeps the order.":
@@ -790,7 +842,8 @@ def _(data):
         "Your scores run from 0 to 1. Give percent.": ("100 * math.fsum", "math.fsum"),
         "Your exact match minds capital letters.": ("text.lower().translate", "text.translate"),
         "Your exact match minds punctuation.": ('.translate(str.maketrans("", "", string.punctuation))', ""),
-        "Your exact match minds runs of spaces.": ("texts[0].split() == texts[1].split()", "texts[0].strip() == texts[1].strip()"),
+        "Your exact match minds runs of spaces.":
+            ("texts[0].split() == texts[1].split()", "texts[0].strip() == texts[1].strip()"),
     },
     also=[("data.rouge_l", """
         one, two = ([_stem(w) if len(w) > 3 else w for w in re.findall("[a-z0-9]+", text.lower())]
@@ -844,7 +897,7 @@ def _(data):
 @exercise(
     "rebuild", ["train.accumulate_gradient"], level=2, minutes=30, paper="HINT, section 3.3 (training)",
     hint="The denominator, all target tokens of the batch, is known before the first part is read.",
-    why="The mean of the parts' means is off by 0.6 times the norm of the right gradient, at 20 tokens a part.",
+    why="The mean of the parts' means is off by 1.1 times the norm of the right gradient, at 20 tokens a part.",
     near={
         "You take the mean of the parts' means. Weight each part by its target tokens.":
             ("share = counts * out.tokens / tokens", "share = counts / len(parts)"),
@@ -852,8 +905,10 @@ def _(data):
             ("share = counts * out.tokens / tokens", "share = counts * len(batch.labels) / len(examples)"),
         "Each part counts fully, so more parts give a larger gradient.":
             ("share = counts * out.tokens / tokens", "share = counts"),
-        "The z-loss is left out: train on `loss`, report `cross_entropy`.": ("(out.loss * share", "(out.cross_entropy * share"),
-        "You report the loss with its z-loss. Report the cross-entropy.": ("out.cross_entropy.detach()", "out.loss.detach()"),
+        "The z-loss is left out: train on `loss`, report `cross_entropy`.":
+            ("(out.loss * share", "(out.cross_entropy * share"),
+        "You report the loss with its z-loss. Report the cross-entropy.":
+            ("out.cross_entropy.detach()", "out.loss.detach()"),
         "Your denominator counts the input's tokens too.":
             ("sum(len(example.target) for", "sum(len(example.target) + len(example.input) for"),
         "You report the last part alone.": ("total = total + out", "total = 0.0 + out"),
@@ -875,14 +930,13 @@ def _(data):
     """)],
 )  # fmt: skip
 def whole_batch(train, hint):
-    """Accumulate the gradient of the mean loss of a whole batch, and return the mean cross-entropy of its target tokens.
+    """Accumulate the gradient of the mean loss of a whole batch, and return its mean cross-entropy as a number.
 
     `microbatches(examples, microbatch, price)` divides the batch into parts; `collate` pads a part. Within
     `with precision():`, `model(*batch)` gives loss, cross_entropy (means over a part's target tokens) and tokens.
     Call `backward()` for each part. Write it for one process: leave out `rank`, `world` and `dist`.
     """
-    examples = example_ids(train)
-    model = tiny_hint(hint)
+    examples, model = example_ids(train), tiny_hint(hint, num_layers=1, num_decoder_layers=1)
     outs = [model(*train.collate([example])) for example in examples]
     tokens = sum(out.tokens for out in outs)
     sum(out.loss * out.tokens for out in outs).div(tokens).backward()
@@ -890,7 +944,7 @@ def whole_batch(train, hint):
     entropy = float(sum(out.cross_entropy * out.tokens for out in outs)) / tokens
     passes = []
     model.register_forward_hook(lambda module, arguments, out: passes.append(len(arguments[2])))
-    for size in (1000, 30, 1):
+    for size in (1000, 30):
         model.zero_grad()
         passes.clear()
         found = train.accumulate_gradient(model, examples, size, 0, train.nullcontext)
@@ -901,7 +955,8 @@ def whole_batch(train, hint):
 
 @whole_batch.facts
 def _(train, hint):
-    examples, model, gradients = example_ids(train), tiny_hint(hint), []
+    examples, gradients = example_ids(train), []
+    model = tiny_hint(hint, num_layers=1, num_decoder_layers=1)
     parts = train.microbatches(examples, 20, 0)
     for mean_of_means in (False, True):
         model.zero_grad()
@@ -910,13 +965,13 @@ def _(train, hint):
             share = 1 / len(parts) if mean_of_means else out.tokens / sum(len(example.target) for example in examples)
             (out.loss * share).backward()
         gradients.append(gradient_of(model))
-    yield "error of the mean of means", (gradients[1] - gradients[0]).norm() / gradients[0].norm(), "0.6"
+    yield "error of the mean of means", (gradients[1] - gradients[0]).norm() / gradients[0].norm(), "1.1"
 
 
 def example_ids(train):
-    """Make ten examples of three instructions, with targets of 1 to 9 tokens."""
+    """Make eight examples of three instructions, with targets of 1 to 9 tokens."""
     draw = random.Random(0)
-    sizes = [(number % 3, draw.randint(2, 6), (1, 9, 2, 5, 1, 8)[number % 6]) for number in range(10)]
+    sizes = [(number % 3, draw.randint(2, 6), (1, 9, 2, 5, 1, 8)[number % 6]) for number in range(8)]
     return [train.Ids([20 + task, 30, 1], [draw.randint(3, 52) for _ in range(size)],
                       [draw.randint(3, 52) for _ in range(target)]) for task, size, target in sizes]  # fmt: skip
 
@@ -942,8 +997,10 @@ def gradient_of(model):
         "Task and layer have changed places in what you join: [task; layer; place].":
             ("read = [task.unsqueeze(1).expand(-1, layers, -1), self.layers.expand(batch, -1, -1)]",
              "read = [self.layers.expand(batch, -1, -1), task.unsqueeze(1).expand(-1, layers, -1)]"),
-        "The place comes first in what you join: [task; layer; place].": ("torch.cat(read, dim=-1)", "torch.cat(read[2:] + read[:2], dim=-1)"),
-        "Scale and shift of the norm have changed places.": ("SerialAdapter(*layer)", "SerialAdapter(*layer[:4], layer[5], layer[4])"),
+        "The place comes first in what you join: [task; layer; place].":
+            ("torch.cat(read, dim=-1)", "torch.cat(read[2:] + read[:2], dim=-1)"),
+        "Scale and shift of the norm have changed places.":
+            ("SerialAdapter(*layer)", "SerialAdapter(*layer[:4], layer[5], layer[4])"),
         "Your matrices are filled column by column. Fill them row by row.":
             ("unflatten(-1, shape)", "unflatten(-1, shape[::-1]).mT"),
         "All examples get the adapters of the first task.":
@@ -994,9 +1051,7 @@ def hyperformer(hypernet):
 @hyperformer.facts
 def _(hint):
     config = hint.T5Config(**{**BASE, "d_ff": 3072}, feed_forward_proj="relu", tie_word_embeddings=True)  # v1.0
-    about = hint.HINTConfig(
-        bottleneck=24, generator="hyperformer++", hyperencoder="table", tasks=8, fusion=False, trains="hypernetwork+norms"
-    )
+    about = hint.HINTConfig(bottleneck=24, generator="hyperformer++", hyperencoder="table", tasks=8, fusion=False)
     model = hint.on_meta(config, about)
     size, added = (sum(p.numel() for p in part.parameters()) for part in (model.t5, model.hypernetwork))
     yield "parameters for each of eight tasks, percent of T5", 100 * added / size / 8, "0.29 %"
