@@ -132,7 +132,8 @@ def hint(exercise: Exercise) -> None:
     print(exercise.hint)
 
 
-COMMANDS = {"start": start, "check": show_check, "hint": hint, "solution": solution, "run": run, "judge": judge_and_exit}
+COMMANDS = {"start": start, "check": show_check, "hint": hint, "solution": solution, "run": run}
+COMMANDS["judge"] = judge_and_exit  # of the process that `check` starts
 
 
 def main(command: str = "list", *words: str) -> None:

@@ -72,9 +72,9 @@ class Exercise:
     @property
     def near_misses(self) -> list[tuple[str, tuple]]:
         """Every near miss with its sentence; `run` numbers them from 1."""
-        planted = {STILL_THERE: self.bug} if self.bug else {}
-        lists = {text: edits if isinstance(edits, list) else [edits] for text, edits in {**planted, **self.near}.items()}
-        return [(text, edit) for text, edits in lists.items() for edit in edits]
+        planted = [(STILL_THERE, self.bug)] if self.bug else []
+        lists = [(text, edits if isinstance(edits, list) else [edits]) for text, edits in self.near.items()]
+        return planted + [(text, edit) for text, edits in lists for edit in edits]
 
 
 exercise = Exercise  # read as a decorator: @exercise("rebuild", ...)

@@ -367,9 +367,9 @@ def hand_over(hint):
 
 @exercise(
     "rebuild", ["hint.HINT.fuse", "hint.HINT.forward"], level=2, minutes=30, paper="HINT, sections 3.1 and 3.3",
-    hint="`torch.unique(..., dim=0, return_inverse=True)` gives the distinct instructions, and the one of each example.",
-    why="To encode the instruction of every example would cost 4.3 times the FLOPs: 16 examples of two tasks, instructions "
-        "of 128 tokens, inputs of 64, answers of 16, two layers of base's width.",
+    hint="`torch.unique(..., dim=0, return_inverse=True)` gives the distinct rows, and which of them each row is.",
+    why="To encode the instruction of every example would cost 4.3 times the FLOPs: 16 examples of two tasks, "
+        "instructions of 128 tokens, inputs of 64, answers of 16, two layers of base's width.",
     near={
         "The input is encoded without the generated modules.":
             ("input_ids, attention_mask, task.modules)", "input_ids, attention_mask)"),
