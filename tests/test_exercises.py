@@ -41,6 +41,14 @@ def test_paths_name_exercises_and_the_readme_their_minutes():
         assert f"`{path}` ({sum(EXERCISES[name].minutes for name in names.split())} minutes)" in readme
 
 
+def test_the_example_of_the_readme():
+    example = (HERE / "README.md").read_text("utf-8").split("```python\n")[1].split("```")[0]
+    names = {"exercise": mechanics.exercise}
+    exec(example, names)
+    mechanics.REGISTRY.pop("cut-ids")
+    assert audit(names["cut_ids"]).problems == []
+
+
 @pytest.mark.parametrize("module", mechanics.MODULES)
 def test_cut_and_put_back_is_the_same_text(module):
     text, paths = mechanics.source(module), []
