@@ -246,7 +246,9 @@ def audit_mutants(exercises: list[Exercise]) -> None:
                 program = "import sys; sys.path.insert(0, sys.argv[1]); import audit; from pathlib import Path; "
                 program += "audit.try_mutants(audit.all_exercises()[sys.argv[2]], int(sys.argv[3]), Path(sys.argv[4]))"
                 words = [str(HERE), exercise.name, str(len(lines)), str(report)]
-                subprocess.run([sys.executable, "-c", program, *words], stderr=subprocess.DEVNULL)
+                ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+                if "Traceback" in ended.stderr:
+                    sys.exit(ended.stderr)
                 if len(report.read_text("utf-8").splitlines()) < total:
                     with open(report, "a", encoding="utf-8") as file:
                         file.write("killed (it did not end)\n")

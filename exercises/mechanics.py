@@ -172,9 +172,12 @@ def working_file(exercise: Exercise, functions: dict[str, str] | None = None) ->
         functions = {target: with_body(text, blank) for target, text in own_functions(exercise).items()}
     name, owners = exercise.name, []
     about = f"{name} ({exercise.kind}, level {exercise.level}, about {exercise.minutes} minutes). {exercise.paper}."
-    parts = [f'"""{about}\n\n{exercise.task}\n\npython exercises check {name}\npython exercises hint {name}\n"""\n']
-    for module in dict.fromkeys(target.split(".")[0] for target in functions):
-        parts.append(f"from {module} import *  # for your editor; the check puts your functions into {module}.py\n")
+    rule = f"Write assignments and one return. You may call {', '.join(exercise.calls)}.\n\n" if exercise.calls else ""
+    commands = f"python exercises check {name}\npython exercises hint {name}"
+    parts = [f'"""{about}\n\n{exercise.task}\n\n{textwrap.fill(rule, 118)}{rule[-2:]}{commands}\n"""\n']
+    modules = dict.fromkeys(target.split(".")[0] for target in functions)
+    comment = "  # for your editor; the check puts your functions into the project's own modules\n"
+    parts += ["\n"] * bool(modules) + [f"from {module} import *{comment}" for module in modules]
     for question, text in exercise.questions.items():
         comment = textwrap.fill(text, 117, initial_indent="# ", subsequent_indent="# ")
         parts.append(f"\n{comment}\n{question} = None\n")
@@ -184,8 +187,8 @@ def working_file(exercise: Exercise, functions: dict[str, str] | None = None) ->
             node = locate(source(module), owner[0])
             first = next(item for item in node.body if isinstance(item, ast.FunctionDef))
             text = "\n".join(source(module).split("\n")[span(node).start : span(first).start]).rstrip() + "\n\n" + text
+        parts.append(f"\n{text}\n" if owner and owner in owners else f"\n\n{text}\n")
         owners.append(owner)
-        parts.append(f"\n\n{text}\n")
     return "".join(parts)
 
 
@@ -367,6 +370,8 @@ def shown(value: object) -> str:
     if isinstance(value, torch.Tensor) and value.dim():
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
     value = value.item() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, tuple):
+        return f"({', '.join(map(shown, value)):.120})"
     return f"{value:.4g}" if isinstance(value, float) else f"{value!r:.70}"
 
 
@@ -403,7 +408,8 @@ def judge(exercise: Exercise, text: str) -> tuple[bool, list[str]]:
 def explained(outcome: Outcome, text: str) -> str:
     """Name the first wrong case with its values, or the exception with the student's own line."""
     if wrong := outcome.wrong:
-        return f"Not yet right: {wrong.what}.\n  Found {difference(*wrong[1:])}."
+        forgotten = " Does your function return its result?" if wrong.found is None else ""
+        return f"Not yet right: {wrong.what}.\n  Found {difference(*wrong[1:])}.{forgotten}"
     lines, error = [line.strip() for line in text.split("\n")], outcome.error
     frames = traceback.extract_tb(error.__traceback__) if error else []
     own = [frame.line for frame in frames if "with your functions" in frame.filename and frame.line in lines]
@@ -412,9 +418,14 @@ def explained(outcome: Outcome, text: str) -> str:
 
 
 def diagnosed(exercise: Exercise, outcome: Outcome) -> list[str]:
-    """List the sentences of all near misses that behave as an attempt did."""
-    near = exercise.near_misses
-    return [text for text, edit in near if alike(outcome, observe(exercise, Attempt(edited(exercise, edit))))]
+    """List the sentences of near misses that behave as an attempt did, in all cases or up to the first wrong one."""
+    near = [(text, observe(exercise, Attempt(edited(exercise, edit)))) for text, edit in exercise.near_misses]
+    if sentences := [text for text, other in near if alike(outcome, other)]:
+        return sentences
+    begin = outcome.cases[: outcome.cases.index(outcome.wrong) + 1] if outcome.wrong else []
+    first = Outcome(begin, None)
+    sentences = [text for text, other in near if begin and alike(first, Outcome(other.cases[: len(begin)], None))]
+    return sentences if len(set(sentences)) == 1 else []
 
 
 def judge_answers(exercise: Exercise, text: str) -> tuple[bool, list[str]]:

@@ -94,6 +94,9 @@ def _(hint):
             ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
         "Dropout is not called.":
             ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
+        "You drop numbers of the result. Dropout is for the weights.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)",
+             "return sum(", "return dropout(sum(", "zip(pieces, parts))", "zip(pieces, parts)))"),
         "The weights of one part meet the values of another.": ("zip(pieces, parts)", "zip(pieces, parts[::-1])"),
         "The prefix stands at the end of your bias. It is the first P keys.": ("(prefix, 0)", "(0, prefix)"),
         "Your prefix is hidden. Its bias is zero.":
@@ -112,8 +115,9 @@ def _(hint):
 def attention(t5):
     """Write the attention of T5, over the keys and values of several parts (a prefix, an instruction, an input).
 
-    The scores are not divided by sqrt(k). The bias is one for the last keys; the P keys in front of these are a prefix.
-    A batch of 1 in a part serves all rows. `dropout` is a function of the weights.
+    Each part is a `KeyValue(key, value)`; one of batch 1 serves all rows. The scores are not divided by sqrt(k).
+    The bias is for the last keys. The P keys in front of these are a prefix, whose bias is zero.
+    `dropout` is a function of the weights. In the check it is a square, so that its place shows.
     """
     heads, queries, width = 2, 4, 3
     batches = {"one part": [(2, 5)], "two parts": [(2, 3), (2, 3)], "a shared part": [(1, 2), (2, 4), (2, 1)]}
@@ -126,11 +130,11 @@ def attention(t5):
                 keys, values = ([pair for part in parts for pair in part[i][b % len(part[i]), h]] for i in (0, 1))
                 scores = [sum(query[b, h, t] * key) for key in keys]
                 powers = [math.exp(s + (bias[b, h, t, i - prefix] if i >= prefix else 0)) for i, s in enumerate(scores)]
-                wanted[b, h, t] = sum(p / sum(powers) * 0.5 * value for p, value in zip(powers, values))
-            found = t5.attend(query, parts, bias, lambda weights: weights * 0.5)
-            yield f"{what}, a prefix of {prefix}, and a dropout that halves", found, wanted
+                wanted[b, h, t] = sum((p / sum(powers)) ** 2 * value for p, value in zip(powers, values))
+            found = t5.attend(query, parts, bias, torch.square)
+            yield f"{what}, {prefix} keys of a prefix, and a square for dropout", found, wanted
     query, parts = query.bfloat16(), [t5.KeyValue(*(x.bfloat16() for x in part)) for part in parts]
-    yield "queries, keys and values in bf16", t5.attend(query, parts, bias, lambda x: x * 0.5), wanted.bfloat16(), 3e-2
+    yield "queries, keys and values in bf16", t5.attend(query, parts, bias, torch.square), wanted.bfloat16(), 3e-2
 
 
 @attention.facts
@@ -177,8 +181,9 @@ def _(t5):
 def prefix(t5):
     """Put a generated prefix in front of the keys and values of tokens, and list what a cross-attention reads.
 
-    `before`: along the axis of places. A prefix of batch 1 serves all rows; the result has the tokens' type.
-    `read`: first the cross-prefixes, then each source, projected by `self.cross_attention`.
+    `before`: joined along the axis of places. A prefix of batch 1 serves all rows; the result has the tokens' type.
+    `read`: a tuple, first the pairs of `modules.cross_prefix`, then one pair for each source:
+    `self.cross_attention.project(states, lora)` makes it of `source.states`; this layer's LoRA is `modules.cross_lora`.
     """
     for batch, dtype in ((3, torch.float32), (1, torch.float32), (3, torch.bfloat16)):
         own, new = torch.randn(2, batch, 2, 4, 5), torch.randn(2, 3, 2, 4, 5).to(dtype)
@@ -187,7 +192,8 @@ def prefix(t5):
             wanted[i, row, :, place] = own[i, row if batch == 3 else 0, :, place]
             wanted[i, row, :, 4 + place] = new[i, row, :, place]
         found = t5.KeyValue(*own).before(t5.KeyValue(*new))
-        yield f"a prefix of batch {batch} before three rows of {dtype}", found, tuple(wanted)
+        what = f"a prefix of batch {batch} before three rows of {str(dtype).removeprefix('torch.')}"
+        yield what, (found.key, found.value), tuple(wanted)
     block = tiny_t5(t5).decoder.blocks[1]
     lora, other = (t5.LoRA(*(torch.randn(1, *shape) for shape in 2 * [(24, 2), (2, 30)])) for _ in range(2))
     sources = [t5.Source(torch.randn(1, length, 24), torch.ones(1, length)) for length in (3, 2)]
@@ -332,8 +338,11 @@ def hand_over(hint):
 
     `weights[name][number]` [B, columns, width] holds one vector a row. Adapters are numbered by layer, prefixes and
     LoRA by attention: `attentions` names the self-attention, then, in a decoder, the cross-attention.
-    W_down and its like are [B, d, r], W_up [B, r, ...]; LoRA's W_up is multiplied by `self.lora_scale`.
-    The names are those of `generated_kinds`. What is not in `weights` is absent: None, or () for the cross-prefix.
+    Names: adapter_down, adapter_down_bias, adapter_up, adapter_up_bias; prefix_key, prefix_value; lora_query_down,
+    lora_query_up, lora_value_down, lora_value_up. Every `down` becomes [B, d, r]. An `up` is [B, r, ...] as it is, and
+    that of LoRA is multiplied by `self.lora_scale`. Keys and values become [B, h, P, k], where h is `self.heads`.
+    Return LayerModules(adapter, prefix, cross_prefix, lora, cross_lora), made of Adapter, KeyValue and LoRA.
+    The cross-prefix is a tuple of pairs. What is not in `weights` is absent: None, or () for the cross-prefix.
     """
     generator = tiny_hint(hint).hypernetwork
     kinds = {**generator.kinds, **tiny_hint(hint, {"modules": "lora"}).hypernetwork.kinds}
@@ -401,10 +410,12 @@ def hand_over(hint):
 def fusion(hint):
     """Write instruction fusion, and the training pass of a mixed-task batch.
 
-    `fuse`: encode the inputs with the task's modules -> the list of sources that the decoder reads: first the
-    instruction's states (if there are any), then the input's. `Source(states, attention_mask)`.
-    `forward`: encode each distinct instruction once (`self.encode_instruction`), give its modules and states to all its
-    examples, and return `self.t5.loss(labels, sources, modules)`. Rows of nested tensors: `map_tensors`.
+    `fuse`: `task` has modules, states and attention_mask. Encode the inputs with its modules:
+    `self.t5.read(ids, mask, modules)` makes a `Source(states, attention_mask)`. Return the list of sources that the
+    decoder reads: first the instruction's states (if there are any), then the input's.
+    `forward`: encode each distinct instruction once, by `self.encode_instruction`. Give its modules, states and mask to
+    all its examples: `map_tensors(function, task)` calls a function for every tensor of a task. Return
+    `self.t5.loss(labels, sources, modules)`.
     """
     model = tiny_hint(hint)
     instructions = torch.tensor([[9, 8, 7, 1, 0], [5, 6, 7, 8, 1], [9, 8, 7, 1, 0], [5, 6, 7, 8, 1]])
@@ -497,6 +508,7 @@ def cache(t5):
     for end in (1, 2, 5, 6):
         step = t5.Cache(*(room[:, :, : 2 + end] for room in rooms))
         found = step.before(t5.KeyValue(*tokens[:, :, :, begin:end]))
+        found = (found.key, found.value)
         wanted = tuple(torch.cat([prefix[i], tokens[i, :, :, :end]], dim=2) for i in range(2))
         yield f"keys and values after token {end}, {end - begin} of them new", found, wanted
         begin = end
@@ -983,7 +995,7 @@ def gradient_of(model):
 
 @exercise(
     "rebuild", ["hypernet.StackHypernetwork.adapters"], level=3, minutes=30,
-    paper="Karimi Mahabadi et al. (2021), section 3 (task, layer and position embeddings)",
+    paper="Karimi Mahabadi et al. (2021), section 3",
     hint="z [B, L, t] comes first: one for each example and layer. Then one linear layer for each part of an adapter.",
     why="Hyperformer++ adds 0.29 % of T5 base's parameters for each of eight tasks, as its abstract says.",
     near={
