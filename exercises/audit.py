@@ -163,7 +163,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         yield ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         yield ast.Constant(node.value + 1)
-        yield ast.Constant(-node.value or 2)
+        yield ast.Constant(node.value - 1)
     elif isinstance(node, ast.UnaryOp):
         yield node.operand
     elif isinstance(node, ast.IfExp):
@@ -243,8 +243,9 @@ def audit_mutants(exercises: list[Exercise]) -> None:
             report, total = Path(folder, "report"), len(mutants(exercise))
             report.touch()
             while len(lines := report.read_text("utf-8").splitlines()) < total:
-                program = "import sys; sys.path.insert(0, sys.argv[1]); import audit; from pathlib import Path; "
-                program += "audit.try_mutants(audit.all_exercises()[sys.argv[2]], int(sys.argv[3]), Path(sys.argv[4]))"
+                program = "import sys; sys.path.insert(0, sys.argv[1]); import audit, mechanics, pathlib; "
+                program += "exercise = mechanics.all_exercises()[sys.argv[2]]; "
+                program += "audit.try_mutants(exercise, int(sys.argv[3]), pathlib.Path(sys.argv[4]))"
                 words = [str(HERE), exercise.name, str(len(lines)), str(report)]
                 ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
                 if "Traceback" in ended.stderr:

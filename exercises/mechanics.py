@@ -443,7 +443,8 @@ def judge_answers(exercise: Exercise, text: str) -> tuple[bool, list[str]]:
         verdicts.append(right)
         verdict = "right" if right else "not this time"
         lines.append(f"{name}: {verdict}. You: {shown(answers[name])}. Measured: {shown(truth)}. {sentence}".rstrip())
-    return all(verdicts), lines
+    more = ["Explain the difference, aloud if you can. Then write what was measured, and check again."]
+    return all(verdicts), lines + more * (not all(verdicts))
 
 
 def judge_answer(exercise: Exercise, name: str, answer: object, truth: object, tolerance) -> tuple[bool, str]:
