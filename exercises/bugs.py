@@ -102,6 +102,12 @@ def _(hint):
              "positions[..., unwritten:]", "positions"),
         "The biases are in the reverse order: the oldest token has that of the newest.":
             ("positions[..., unwritten:]", "positions[..., unwritten:].flip(-1)"),
+        "Each token has the bias of its neighbour: the columns have slipped by one.":
+            ("positions[..., unwritten:]", "positions[..., unwritten:].roll(1, -1)"),
+        "The position bias is missing, so that the decoder does not know the order.":
+            ("positions[..., unwritten:]", "positions[..., unwritten:] * 0"),
+        "All earlier keys have the bias of distance 0. The query stands at the last position.":
+            (", first_query=max_new_tokens - 1)", ")"),
         "Rows that have ended go on with other tokens. After </s> comes padding alone.":
             (".masked_fill(ended[:, None], PAD)", ""),
         "A row counts as ended one step too late, so that a token follows its </s>.":
@@ -305,6 +311,8 @@ def _(t5):
              "[range(start, start + 1) for start in range(size)]"),
         "Examples inside a group have changed their order.":
             ("list(chain(*groups))", "[i for g in groups for i in g[::-1]]"),
+        "The first epoch of this object is not shuffled.":
+            ("self._epoch, self._order = -1, []", "self._epoch, self._order = 0, list(range(len(examples)))"),
         "The last group, which is shorter, never comes.":
             ("range(0, size, self.group)]", "range(0, size - self.group + 1, self.group)]",
              "self._order[place]", "self._order[place % len(self._order)]"),
@@ -346,6 +354,7 @@ def twice_and_never(data):
                 torn += [first] * (places != list(range(places[0], places[0] + len(places))))
         yield f"first examples of groups that are torn apart or turned round, {name}", torn, []
         yield f"different orders in 3 epochs, {name}", len(set(map(tuple, epochs))), 3
+        yield f"epochs that are not shuffled, {name}", epochs.count(everything), 0
         yield f"another object of the same seed, {name}", taken(51, group=group), whole
         yield f"is the order another with another seed, {name}", taken(51, group=group, seed=6) != whole, True
         for position in (3, 17, 20, 40):

@@ -27,6 +27,9 @@ from small import tiny_hint
             ("[:, None, None, :]", "[:, None, :]"),
         "The scores of padding go down by 1 only. Multiply by MASKED.":
             ("(attention_mask == 0)[:, None, None, :] * MASKED", "(attention_mask - 1.0)[:, None, None, :]"),
+        "Padding gets 1 and tokens 0, so that padding is preferred. Multiply by MASKED.":
+            ("(attention_mask == 0)[:, None, None, :] * MASKED", "(attention_mask == 0)[:, None, None, :] * 1.0"),
+        "Your bias is negative, but it is not MASKED: scores may be larger.": ("* MASKED", "* -1e4"),
         "Your bias is huge and positive: padding gets all the weight.": ("* MASKED", "* -MASKED"),
         "Rows and keys have changed places.": ("(attention_mask == 0)", "(attention_mask.T == 0)"),
     },
@@ -74,6 +77,7 @@ def _(t5):
             ("(states * weight).sum(1) / weight.sum(1).clamp(min=1)", "(states * weight).sum(0) / len(states)"),
         "A row without any token becomes NaN. Divide by at least 1.": (".clamp(min=1)", ""),
         "You divide by at least 2, so a row of one token is halved.": ("clamp(min=1)", "clamp(min=2)"),
+        "You divide by one token too many.": (".clamp(min=1)", " + 1"),
         "This is the sum. Divide by the number of tokens.": (" / weight.sum(1).clamp(min=1)", ""),
         "This is the state of the first token alone.":
             ("(states * weight).sum(1) / weight.sum(1).clamp(min=1)", "(states * weight)[:, 0]"),
@@ -128,6 +132,7 @@ def _(hypernet):
             (".transpose(1, 2)", ".permute(0, 2, 3, 1)"),
         "You exchanged the axes of heads and numbers, not those of tokens and heads.":
             (".transpose(1, 2)", ".transpose(2, 3)"),
+        "You exchanged the batch with the tokens.": (".transpose(1, 2)", ".transpose(0, 1)"),
         "You exchanged the batch with the heads.": (".transpose(1, 2)", ".permute(2, 0, 1, 3)"),
         "You cut into k heads of h numbers. There are h heads of k numbers.":
             ("(self.heads, -1)", "(-1, self.heads)"),
@@ -217,9 +222,10 @@ def spread(t5):
             buckets = bucket_of(distances, bidirectional, 8, 20)
             wanted = torch.stack([torch.stack([layer.weight[b] for b in row], 1) for row in buckets], 1)[None]
             name = f"{'encoder' if bidirectional else 'decoder'}: {queries} queries from position {first}, {keys} keys"
-            numbers.clear()
             yield name, layer(queries, keys, first), wanted
-            yield f"distances looked up, {name}", sum(numbers), queries + keys - 1
+    numbers.clear()
+    layer(5, 7)
+    yield "distances looked up for 5 queries and 7 keys", sum(numbers), 11
 
 
 @spread.facts
@@ -323,6 +329,8 @@ def _(t5):
         "The generated modules are not used.": ("modules and modules.decoder", "None"),
         "These are the modules of the encoder.": ("modules and modules.decoder", "modules and modules.encoder"),
         "The padding of the sources is visible.": ("source_bias(sources))", "source_bias(sources) * 0)"),
+        "One source alone is read. Hand over all of them.":
+            ("sources, source_bias(sources))", "sources[:1], source_bias(sources[:1]))"),
         "The embeddings are scaled. T5 does not scale them.": ("x = self.shared(", "x = 2 * self.shared("),
     },
     also=[("torch.ones(length, length, device=x.device).triu(1) * MASKED",
@@ -341,14 +349,14 @@ def hide_the_future(t5, hint):
     told = tiny_hint(hint, num_decoder_layers=2).requires_grad_(False)
     model, modules = told.t5, told.encode_instruction(torch.tensor([[3, 8, 2]])).modules
     ids = torch.tensor([[0, 4, 8, 5, 6], [0, 9, 9, 7, 3]])
-    sources = [model.read(torch.tensor([[4, 6, 3], [7, 0, 0]]))]
+    sources = [model.read(torch.tensor([[5, 2]])), model.read(torch.tensor([[4, 6, 3], [7, 0, 0]]))]
     positions = model.decoder.relative_bias(5, 5)
     for name, used in (("without modules", None), ("with modules", modules)):
         bias = positions.clone()
         for i in range(5):
             for j in range(i + 1, 5):
                 bias[:, :, i, j] += -1e9
-        padding = torch.tensor([[0.0, 0.0, 0.0], [0.0, -1e9, -1e9]])[:, None, None]
+        padding = torch.tensor([[0.0] * 5, [0.0, 0.0, 0.0, -1e9, -1e9]])[:, None, None]
         wanted = model.decoder(model.shared.weight[ids], bias, used and used.decoder, sources, padding)
         found = model.decode(ids, sources, used)
         for t in range(5):
