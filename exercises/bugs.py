@@ -32,8 +32,8 @@ def with_the_bug(bug, module):
         "Your mask has slipped by one place: one place of padding is seen.":
             ("padding_bias(attention_mask)", "padding_bias(attention_mask.roll(1, 1))"),
         "You set states of padding to zero. Their keys still get weight in the softmax.":
-            ("[self.project(states)], padding_bias(attention_mask)",
-             "[self.project(states * attention_mask.unsqueeze(-1))], padding_bias(torch.ones_like(attention_mask))"),
+            ("self.project(states)", "self.project(states * attention_mask.unsqueeze(-1))",
+             "padding_bias(attention_mask)", "padding_bias(torch.ones_like(attention_mask))"),
         "The states that HINT keeps have lost their last place.":
             ("EncodedTask(modules, states, mask)", "EncodedTask(modules, states[:, :-1], mask[:, :-1])"),
     },
