@@ -26,8 +26,8 @@ def mean_and_error(cell):
 @exercise(
     "ablate", [], level=2, minutes=40, paper="HINT, section 6 and Table 6",
     hint="± is the standard error of the mean. The two seeds of a row lie 2 x ± apart.",
-    why="Both parts help on average. But two seeds of a row may lie further apart than two rows, so two seeds do not tell "
-        "which part helps more.",
+    why="Both parts help on average. But two seeds of a row may lie further apart than two rows, so two seeds do not "
+        "tell which part helps more.",
     questions={
         "without_fusion": "Points of exact match on unseen compositions that are lost without fusion?",
         "without_modules": "Points of exact match on unseen compositions that are lost without modules?",

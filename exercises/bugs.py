@@ -382,7 +382,7 @@ def _(data):
 
 @exercise(
     "bug", ["t5.Attention.__init__", "t5.attend", "t5.FeedForward.forward"], level=1, minutes=20,
-    paper="Raffel et al., section 3.1 (dropout)",
+    paper="Raffel et al., section 2.1 (dropout)",
     bug=("self.wo(self.dropout(hidden))", "self.wo(F.dropout(hidden, self.dropout.p))"),
     hint="A module knows whether it trains: eval() switches every nn.Dropout off. What does F.dropout know?",
     why="With the bug, states of a fresh tiny T5 in eval mode differ by 34 % of their size from one call to the next.",
