@@ -139,6 +139,7 @@ COMMANDS["judge"] = judge_and_exit  # of the process that `check` starts
 def main(command: str = "list", *words: str) -> None:
     """Run one command."""
     exercises = all_exercises()
+    sys.stdout.reconfigure(errors="replace")  # a console need not know every letter
     if command == "list":
         show(list(exercises.values()))
     elif command == "path" and words and words[0] in PATHS:

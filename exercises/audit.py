@@ -149,6 +149,7 @@ OPERATORS = {
     ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or,
     ast.Or: ast.And,
 }  # fmt: skip
+SYMMETRIC = ("max", "min", "transpose", "promote_types")  # their first two arguments can change places
 
 
 def changes(node: ast.AST) -> Iterator[ast.AST]:
@@ -169,11 +170,12 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
     elif isinstance(node, ast.IfExp):
         yield from (node.body, node.orelse)
     elif isinstance(node, ast.Call):
-        if len(node.args) > 1 and not isinstance(node.args[1], ast.Starred):
+        called = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
+        if len(node.args) > 1 and called not in SYMMETRIC and not isinstance(node.args[1], ast.Starred):
             yield copy_with(node, args=[node.args[1], node.args[0], *node.args[2:]])
         for number in range(len(node.keywords)):
             yield copy_with(node, keywords=node.keywords[:number] + node.keywords[number + 1 :])
-        if isinstance(node.func, ast.Attribute):
+        if isinstance(node.func, ast.Attribute) and called != "to":  # there is one device
             yield node.func.value  # x.f(y) -> x
     elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.For, ast.If)):
         yield ast.Pass()

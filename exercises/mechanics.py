@@ -353,7 +353,8 @@ def difference(found: object, wanted: object, tolerance: float = 1e-4, nan: bool
         return next((f"at [{number}]: {text}" for number, text in enumerate(texts) if text), "")
     if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
         same = type(found) is type(wanted) and found == wanted
-        return "" if same else f"{shown(found)}, wanted {shown(wanted)}"
+        kind = " in a tensor" if isinstance(found, torch.Tensor) and not found.dim() else ""
+        return "" if same else f"{shown(found)}{kind}, wanted {shown(wanted)}"
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return f"{shown(found)}, wanted {shown(wanted)}"
     first, second = found.double(), wanted.double()

@@ -449,6 +449,8 @@ def fusion(hint):
     rows = [[part.expand(2, *part.shape[1:]) for part in source] for source in model.fuse(told, inputs[:2], mask)]
     found = tuple(torch.cat(parts, dim=1) for parts in zip(*rows))
     yield "states and mask of one task and two inputs, some tokens hidden", found, copied(wanted)
+    word = model.encode_instruction(instructions[:1, :1])
+    yield "places read of a task of one token", sum(source.states.shape[1] for source in model.fuse(word, inputs)), 1 + 4
     model = tiny_hint(hint, {"fusion": False})
     losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(4)))
     wanted = (sum(losses) / sum(tokens)).detach()
@@ -678,6 +680,8 @@ def loss(t5):
         z_loss = 1e4 * (found.loss - wanted)
         yield f"10,000 * (loss - cross-entropy) of {what} logits", z_loss, torch.tensor(square), 1e-2
         yield "tokens", found.tokens, 5
+    found = t5.token_loss(logits[:1], labels[:1])
+    yield "cross-entropy of one label", found.cross_entropy, -logits[:1].log_softmax(1)[0, 3]
     yield "no labels", t5.token_loss(logits[:0], labels[:0]), (torch.tensor(0.0), torch.tensor(0.0), 0)
 
 
@@ -882,8 +886,8 @@ def scoring(data):
         yield f"exact_match({one!r}, {two!r})", data.exact_match(one, two), wanted
     for one, two, wanted in (
         ("The red cat sat", "the cat sat down", 3 / 4), ("walking", "he walked", 2 / 3), ("his", "hi", 0.0),
-        ("a b c d e", "c", 1 / 3), ("", "word", 0.0), ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
-        ("Word word", "word", 2 / 3),
+        ("a b c d e", "c", 1 / 3), ("cats", "cat", 1.0), ("", "word", 0.0), ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
+        ("Word word", "word", 2 / 3), ("p q a b c", "a x b x c p q", 1 / 2),
     ):  # fmt: skip
         yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
     draw = random.Random(0)
@@ -953,7 +957,7 @@ def whole_batch(train, hint):
     tokens = sum(out.tokens for out in outs)
     sum(out.loss * out.tokens for out in outs).div(tokens).backward()
     wanted = gradient_of(model)
-    entropy = float(sum(out.cross_entropy * out.tokens for out in outs)) / tokens
+    entropy = sum(out.cross_entropy.item() * out.tokens for out in outs) / tokens
     passes = []
     model.register_forward_hook(lambda module, arguments, out: passes.append(len(arguments[2])))
     for size in (1000, 30):
