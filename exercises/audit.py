@@ -173,9 +173,10 @@ def changes(node: ast.AST) -> Iterator[ast.AST]:
         called = getattr(node.func, "attr", None) or getattr(node.func, "id", "")
         if len(node.args) > 1 and called not in SYMMETRIC and not isinstance(node.args[1], ast.Starred):
             yield copy_with(node, args=[node.args[1], node.args[0], *node.args[2:]])
-        for number in range(len(node.keywords)):
-            yield copy_with(node, keywords=node.keywords[:number] + node.keywords[number + 1 :])
-        if isinstance(node.func, ast.Attribute) and called != "to":  # there is one device
+        for number, keyword in enumerate(node.keywords):
+            if keyword.arg != "device":  # there is one device
+                yield copy_with(node, keywords=node.keywords[:number] + node.keywords[number + 1 :])
+        if isinstance(node.func, ast.Attribute) and called != "to":
             yield node.func.value  # x.f(y) -> x
     elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.For, ast.If)):
         yield ast.Pass()

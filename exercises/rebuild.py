@@ -450,7 +450,8 @@ def fusion(hint):
     found = tuple(torch.cat(parts, dim=1) for parts in zip(*rows))
     yield "states and mask of one task and two inputs, some tokens hidden", found, copied(wanted)
     word = model.encode_instruction(instructions[:1, :1])
-    yield "places read of a task of one token", sum(source.states.shape[1] for source in model.fuse(word, inputs)), 1 + 4
+    places = sum(source.states.shape[1] for source in model.fuse(word, inputs))
+    yield "places read of an instruction of one token and inputs of four", places, 1 + 4
     model = tiny_hint(hint, {"fusion": False})
     losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(4)))
     wanted = (sum(losses) / sum(tokens)).detach()
@@ -886,7 +887,8 @@ def scoring(data):
         yield f"exact_match({one!r}, {two!r})", data.exact_match(one, two), wanted
     for one, two, wanted in (
         ("The red cat sat", "the cat sat down", 3 / 4), ("walking", "he walked", 2 / 3), ("his", "hi", 0.0),
-        ("a b c d e", "c", 1 / 3), ("cats", "cat", 1.0), ("", "word", 0.0), ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
+        ("a b c d e", "c", 1 / 3), ("cats", "cat", 1.0), ("", "word", 0.0),
+        ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
         ("Word word", "word", 2 / 3), ("p q a b c", "a x b x c p q", 1 / 2),
     ):  # fmt: skip
         yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
