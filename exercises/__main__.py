@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 
 from mechanics import (
-    HERE, MINE, ROOT, Attempt, Exercise, all_exercises, edited, judge, load, locate, own_functions, read_attempt,
-    source, span, working_file,
+    HERE, MINE, ROOT, YOUR_TURN, Attempt, Exercise, NotYet, all_exercises, edited, judge, load, locate, own_functions,
+    read_attempt, source, span, working_file,
 )  # fmt: skip
 
 LIMIT = 60  # seconds for a check
@@ -60,6 +60,13 @@ def own_file(exercise: Exercise) -> Path:
     return MINE / f"{exercise.name}.py"
 
 
+def text_of(exercise: Exercise) -> str:
+    """Read the student's file of an exercise; without one, say how to begin."""
+    if not own_file(exercise).is_file():
+        sys.exit(f"There is no {own_file(exercise)} yet: python exercises start {exercise.name}")
+    return own_file(exercise).read_text("utf-8-sig", "replace")
+
+
 def start(exercise: Exercise) -> None:
     """Write the file of an exercise; never overwrite one."""
     path = own_file(exercise)
@@ -94,8 +101,7 @@ def judge_and_exit(exercise: Exercise, path: str, verdict: str) -> None:
 
 def show_check(exercise: Exercise) -> None:
     """Check a student's file, print the verdict, and keep a right one in mind."""
-    if not own_file(exercise).is_file():
-        sys.exit(f"There is no {own_file(exercise)} yet: python exercises start {exercise.name}")
+    text_of(exercise)
     right, text = check(exercise, own_file(exercise))
     print(text or "All results are as wanted.")
     if not right:
@@ -114,17 +120,22 @@ def solution(exercise: Exercise) -> None:
 
 def run(exercise: Exercise, which: str = "", steps: str = "400") -> None:
     """Train the demo with the project's own function, the student's, or a near miss in its place."""
-    near = {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1)}
+    near = {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
     if which in near:
         attempt = Attempt(edited(exercise, near[which][1]))
-    elif which in ("own", "mine"):
-        attempt = read_attempt(exercise, own_file(exercise).read_text("utf-8-sig")) if which == "mine" else Attempt({})
+    elif which == "mine":
+        attempt = read_attempt(exercise, text_of(exercise))
+    elif which == "own":
+        attempt = Attempt({})
     else:
         sys.exit("\n".join(f"{number:>3}  {sentence}" for number, (sentence, _) in near.items())
                  + f"\n\npython exercises run {exercise.name} own|mine|NUMBER [STEPS]")  # fmt: skip
+    out = ROOT / "runs" / "exercises" / f"{exercise.name}-{which}-{steps}"
+    if out.exists() or any(YOUR_TURN in text for text in attempt.functions.values()):
+        sys.exit(f"{out} is there already." if out.exists() else f"{own_file(exercise)} still has to be written.")
     train = load(["train"], attempt)["train"]
-    train.DEFAULTS["demo"]["steps"] = int(steps)
-    train.main(["demo", "--out", str(ROOT / "runs" / "exercises" / f"{exercise.name}-{which}-{steps}")])
+    train.DEFAULTS["demo"]["steps"] = int(steps)  # the demo has no option for it
+    train.main(["demo", "--out", str(out)])
 
 
 def hint(exercise: Exercise) -> None:
@@ -147,10 +158,13 @@ def main(command: str = "list", *words: str) -> None:
     elif command == "audit":
         from audit import audit_all
 
-        names = [word for word in words if word != "--mutants"] or list(exercises)
-        sys.exit(audit_all([exercises[name] for name in names], "--mutants" in words))
+        chosen = [exercises[word] for word in words if word in exercises]
+        sys.exit(audit_all(chosen or list(exercises.values()), "--mutants" in words))
     elif command in COMMANDS and words and words[0] in exercises:
-        COMMANDS[command](exercises[words[0]], *words[1:])
+        try:
+            COMMANDS[command](exercises[words[0]], *words[1:])
+        except NotYet as error:
+            sys.exit(str(error))
     else:
         sys.exit(__doc__ if command not in COMMANDS else f"{command}: name an exercise of the list: python exercises")
 
