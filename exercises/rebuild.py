@@ -879,6 +879,7 @@ def scoring(data):
     `rouge_l`: lower case; words are runs of a-z and 0-9; words of more than three letters are stemmed by `_stem`. Of
     the longest common subsequence, precision (of the prediction) and recall (of the reference); their F1, from 0 to 1.
     `score`: {"exact_match": ..., "rougeL": ...} in percent; of several references the best, the mean over examples.
+    No predictions, or fewer or more than lists of references, are a ValueError.
     """
     for one, two, wanted in (
         ("Paris.", " paris", True), ("new  york", "New York!", True), ("york new", "new york", False),
@@ -905,6 +906,12 @@ def scoring(data):
     yield "names of the scores", sorted(found), ("exact_match", "rougeL")
     yield "exact match of three examples", found["exact_match"], 100 / 3
     yield "ROUGE-L of three examples", found["rougeL"], 100 * (1 + 3 / 4 + 0) / 3
+    for predictions, references in ((["a", "b"], [["a"]]), ([], [])):
+        try:
+            found = data.score(predictions, references)
+        except ValueError:
+            found = "ValueError"
+        yield f"score of {len(predictions)} predictions and {len(references)} references", found, "ValueError"
 
 
 @scoring.facts
