@@ -204,9 +204,8 @@ def tree_of(text: str) -> ast.Module:
     try:
         return parse(text)
     except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        place = f" in line {line}: {text.split(chr(10))[line - 1].strip()}" if line else ""
-        raise NotYet(f"Python cannot read your file ({getattr(error, 'msg', error)}){place}") from None
+        place = f" in line {error.lineno}: {(error.text or '').strip()}" if isinstance(error, SyntaxError) else ""
+        raise NotYet(f"Python cannot read your file ({getattr(error, 'msg', error)}){place}.") from None
 
 
 def read_attempt(exercise: Exercise, text: str) -> Attempt:

@@ -93,7 +93,9 @@ def body(text: str) -> str:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (body("return ("), "Python cannot read your file"),
+        (body("return ("), "Python cannot read your file ('(' was never closed) in line 3: return (."),
+        ("class Adapter:", "Python cannot read your file"),
+        ("return '\0'", "Python cannot read your file"),
         ("def other():\n    return 1\n", "The function Adapter.__call__ is missing in your file."),
         ("", "The function Adapter.__call__ is missing"),
         (body("raise SystemExit(0)"), "Your code stops with SystemExit"),
