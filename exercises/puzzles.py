@@ -171,7 +171,8 @@ def _(t5):
     "puzzle", ["t5.RelativeBias.forward"], level=3, minutes=25, paper="Raffel et al., section 2.1 (position bias)",
     hint="Row i of the bias is a window of one long list of distances. Windows of later queries begin further left.",
     why="100 queries and 100 keys have 10,000 pairs, but only 199 distances: so many buckets are computed.",
-    calls=["arange", "relative_position_bucket", "to", "unfold", "flip", "unsqueeze", "len", "permute", "transpose"],
+    calls=["arange", "relative_position_bucket", "to", "unfold", "flip", "unsqueeze", "len", "permute", "transpose",
+           "index_select"],
     near={
         "You took query minus key. Take the position of the key minus that of the query.":
             ("relative_position_bucket(relative,", "relative_position_bucket(-relative,"),
@@ -243,7 +244,7 @@ def _(t5):
     why="A fresh tiny T5 with a tied head has a loss of 74. If it is shown the token itself, the loss is 0.00: it "
         "copies, and there is nothing to learn.",
     calls=["flatten", "nonzero", "pad", "clamp", "decode", "logits", "index_select", "to", "where", "masked_fill",
-           "roll", "cat", "index_fill", "tensor", "new_full", "len"],
+           "roll", "cat", "index_fill", "tensor", "full", "new_full", "zeros", "new_zeros", "clone", "len"],
     near={
         "The decoder sees the token that it is to predict. Shift the labels right.":
             ("F.pad(labels[:, :-1], (1, 0), value=START).clamp", "labels.clamp"),
@@ -315,7 +316,8 @@ def _(t5):
     "puzzle", ["t5.T5.decode"], level=2, minutes=20, paper="Raffel et al., section 2.1 (causal mask)",
     hint="torch.ones(T, T).triu(1) is 1 where the key comes after the query.",
     why="With triu(0) in place of triu(1) no token sees itself: states of a fresh tiny T5 move by 44 % of their size.",
-    calls=["shared", "decoder", "relative_bias", "source_bias", "ones", "triu", "tril", "to", "arange", "where"],
+    calls=["shared", "decoder", "relative_bias", "source_bias", "ones", "triu", "tril", "to", "arange", "where",
+           "full", "masked_fill", "zeros", "float", "unsqueeze", "len"],
     near={
         "No token is hidden: queries see tokens that come later.": (".triu(1) * MASKED", ".triu(1) * 0"),
         "You hide the past and show the future.": (".triu(1)", ".tril(-1)"),
