@@ -98,7 +98,7 @@ def first_loss(t5):
         losses.append(model.loss(labels, [model.read(ids)]).loss.item())
     yield "first_loss", losses[0], 0.2
     yield "tied", losses[1], losses[1] - 30
-    yield "scaled", losses[2], 0.2
+    yield "scaled", losses[2], 0.3
 
 
 @first_loss.facts
