@@ -36,6 +36,7 @@ def test_there_are_enough_of_them():
 
 def test_paths_name_exercises_and_the_readme_their_minutes():
     readme = (HERE / "README.md").read_text("utf-8")
+    assert f"{len(EXERCISES)} exercises" in readme
     for path, names in main.PATHS.items():
         assert [name for name in names.split() if name not in EXERCISES] == []
         assert f"`{path}` ({sum(EXERCISES[name].minutes for name in names.split())} minutes)" in readme
