@@ -1,0 +1,454 @@
+"""Bugs: one line of the functions in your file is wrong. The task says what was noticed. Find it, and mend it."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from mechanics import Attempt, edited, exercise, load
+from small import tiny_hint
+
+
+def with_the_bug(bug, module):
+    """A module with the bug of an exercise in it, to measure what the bug does."""
+    return load([module], Attempt(edited(bug, bug.bug)))[module]
+
+
+@exercise(
+    "bug", ["hint.HINT.encode_instruction", "hypernet.InstructionReader.forward", "t5.padding_bias"],
+    level=2, minutes=20, paper="HINT, section 3.1.1 (the authors' code has this bug)",
+    bug=("padding_bias(attention_mask)", "padding_bias(torch.ones_like(attention_mask))"),
+    hint="Follow the mask: who reads the instruction's states, and does each reader know which of them are padding?",
+    why="With the bug, W_down of the check's model moves by 71 % of its size when 4 places of padding follow 5 tokens.",
+    near={
+        "T5's encoder sees the padding of the instruction now.":
+            ("read)(instruction_ids, attention_mask)", "read)(instruction_ids, torch.ones_like(instruction_ids))"),
+        "The decoder has lost the mask of the instruction's states: it reads their padding.":
+            ("EncodedTask(modules, states, mask)", "EncodedTask(modules, states, torch.ones_like(mask))"),
+        "Padding is only weighed less. Hide it.": ("* MASKED", "* -3"),
+        "You hide the tokens and show the padding.": ("== 0", "!= 0"),
+        "Your mask has slipped by one place: the last token is hidden too.":
+            ("padding_bias(attention_mask)", "padding_bias(attention_mask * attention_mask.roll(-1, 1))"),
+        "Your mask has slipped by one place: one place of padding is seen.":
+            ("padding_bias(attention_mask)", "padding_bias(attention_mask.roll(1, 1))"),
+        "You set states of padding to zero. Their keys still get weight in the softmax.":
+            ("self.project(states)", "self.project(states * attention_mask.unsqueeze(-1))",
+             "padding_bias(attention_mask)", "padding_bias(torch.ones_like(attention_mask))"),
+        "The states that HINT keeps have lost their last place.":
+            ("EncodedTask(modules, states, mask)", "EncodedTask(modules, states[:, :-1], mask[:, :-1])"),
+    },
+    also=[("padding_bias(attention_mask)",
+           "padding_bias(attention_mask).masked_fill(attention_mask[:, None, None] > 0, 0.0)")],
+)  # fmt: skip
+def another_task_in_each_batch(t5, hypernet, hint):
+    """An answer of HINT depends on the batch that its example is in. It should not.
+
+    In the check, an example has a loss of 4.36 when it stands alone, and of 4.21 beside a longer instruction. The
+    three functions encode an instruction, let the generator read it, and hide padding. One of them has a bug.
+    """
+    short, long = [5, 9, 7, 4, 1], [6, 3, 8, 8, 2, 11, 15, 13, 1]
+    padded = torch.tensor([short + [0] * 4, long])
+    inputs, labels = torch.tensor([[7, 12, 1], [9, 1, 0]]), torch.tensor([[8, 5, 1], [6, 1, -100]])
+    columns = torch.randn(1, 6, 24)
+    for fusion in (True, False):
+        model, where = tiny_hint(hint, config={"fusion": fusion}).requires_grad_(False), f"fusion {fusion}"
+        reader, states = model.hypernetwork.attention, model.t5.read(torch.tensor([short])).states
+        query, key, value = (layer(x)[0] for layer, x in ((reader.q, columns), (reader.k, states), (reader.v, states)))
+        pieces = zip(query.split(10, -1), key.split(10, -1), value.split(10, -1))  # of each head
+        wanted = reader.o(torch.cat([(q @ k.T).softmax(-1) @ v for q, k, v in pieces], -1))[None]
+        yield f"what the columns read of 5 tokens, {where}", reader(columns, states, torch.ones(1, 5)), wanted
+        beside, alone = (model.encode_instruction(ids) for ids in (padded, torch.tensor([short])))
+        found, wanted = (task.modules.encoder[0].adapter.down[:1] for task in (beside, alone))
+        yield f"W_down of the first layer beside a longer instruction, {where}", found, wanted
+        yield f"mask that is kept, {where}", beside.attention_mask, (padded != 0).long()[:, : 9 * fusion]
+        yield f"states that are kept, {where}", alone.states, states[:, : 5 * fusion]
+        for row, ids in enumerate((short, long)):
+            example = inputs[row : row + 1], labels[row : row + 1]
+            one = model(torch.tensor([ids]), *example)
+            task = hint.select_rows(beside, torch.tensor([row]))
+            loss = model.t5.loss(example[1], model.fuse(task, example[0]), task.modules)
+            yield f"loss of example {row + 1} beside another, {where}", loss.loss, one.loss
+
+
+@another_task_in_each_batch.facts
+def _(hint):
+    model = tiny_hint(hint).requires_grad_(False)
+    padded = torch.tensor([[5, 9, 7, 4, 1, 0, 0, 0, 0], [6, 3, 8, 8, 2, 11, 15, 13, 1]])
+    states, mask = model.t5.read(padded)
+    losses, downs = [], []
+    for seen in (mask, torch.ones_like(mask)):
+        modules = model.hypernetwork(states, seen)
+        task = hint.select_rows(hint.EncodedTask(modules, states, mask), torch.tensor([0]))
+        sources = model.fuse(task, torch.tensor([[7, 12, 1]]))
+        losses.append(model.t5.loss(torch.tensor([[8, 5, 1]]), sources, task.modules).loss.item())
+        downs.append(modules.encoder[0].adapter.down[0])
+    yield "loss alone", losses[0], "4.36"
+    yield "loss beside a longer instruction", losses[1], "4.21"
+    yield "how far W_down moves, percent", 100 * ((downs[1] - downs[0]).norm() / downs[0].norm()).item(), "71 %"
+
+
+@exercise(
+    "bug", ["t5.T5.decode_greedily", "t5.T5._with_caches", "t5.Cache.before"], level=3, minutes=30,
+    paper="Raffel et al., section 2.1; HINT, section 3.1.1 (prefixes)",
+    bug=("positions[..., unwritten:]", "positions[..., unwritten + 1 :]"),
+    hint="Count the keys of the second step by hand: prefix, first token, second token. Which of them have a position?",
+    why="With the bug the first token counts as part of the prefix. Without modules the check's answers go wrong from "
+        "token 2 on, and 52 % of their tokens are wrong.",
+    near={
+        "Each step takes the biases of the first positions. Query t needs the last t + 1 columns.":
+            ("positions[..., unwritten:]", "positions[..., : max_new_tokens - unwritten]"),
+        "Each step takes the biases of all positions, also of tokens not yet written.":
+            ("seen = layers[0].prefix.key.shape[2] - unwritten", "seen = layers[0].prefix.key.shape[2]",
+             "positions[..., unwritten:]", "positions"),
+        "The biases are in the reverse order: the oldest token has that of the newest.":
+            ("positions[..., unwritten:]", "positions[..., unwritten:].flip(-1)"),
+        "Each token has the bias of its neighbour: the columns have slipped by one.":
+            ("positions[..., unwritten:]", "positions[..., unwritten:].roll(1, -1)"),
+        "The position bias is missing, so that the decoder does not know the order.":
+            ("positions[..., unwritten:]", "positions[..., unwritten:] * 0"),
+        "All earlier keys have the bias of distance 0. The query stands at the last position.":
+            (", first_query=max_new_tokens - 1)", ")"),
+        "Rows that have ended go on with other tokens. After </s> comes padding alone.":
+            (".masked_fill(ended[:, None], PAD)", ""),
+        "A row counts as ended one step too late, so that a token follows its </s>.":
+            ("ended = ended | (token[:, 0] == EOS)", "ended = ended | (answer[going, position - 1] == EOS)"),
+        "The cache has one place too few.": ("new_zeros(2, batch, heads, max_new_tokens, width)",
+                                             "new_zeros(2, batch, heads, max_new_tokens - 1, width)"),
+        "Rows are mixed up when others leave: an answer is written to a wrong row.":
+            ("going, token, ended = going[rows], token[rows], ended[rows]",
+             "going, token, ended = going[: len(rows)], token[rows], ended[rows]"),
+        "When rows leave, the others go on with a wrong row's last token.":
+            ("going, token, ended = going[rows], token[rows], ended[rows]",
+             "going, token, ended = going[rows], token[: len(rows)], ended[rows]"),
+        "When rows leave, the caches of the others are those of wrong rows.":
+            ("select_rows((bias, layers), rows)", "select_rows((bias, layers), torch.arange(len(rows)))"),
+        "New keys and values are written over the oldest places, not into the newest.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
+        "A step sees the new token alone, not the tokens before it.": ("return KeyValue(*self)", "return new"),
+        "The values of new tokens are written over their keys.":
+            ("for room, x in zip(self, new):", "for room, x in zip((self[0], self[0]), new):"),
+        "The decoder does not see the generated prefix.":
+            ("room if layer.prefix is None else layer.prefix.before(room)", "room"),
+        "The generated prefix stands after the room for tokens, not before it.":
+            ("layer.prefix.before(room)",
+             "(torch.cat([x, p.expand(batch, -1, -1, -1)], 2) for x, p in zip(room, layer.prefix))"),
+        "The generated modules of the decoder are not used.":
+            ("modules.decoder[number] if modules else LayerModules()", "LayerModules()"),
+        "The padding of the sources is visible.":
+            ("bias = max(len(source.states) for source in sources), source_bias(sources)",
+             "bias = max(len(source.states) for source in sources), 0 * source_bias(sources)"),
+        "The first token is </s>. T5 starts with START, id 0.":
+            ("torch.full((batch, 1), START", "torch.full((batch, 1), EOS"),
+        "The answer is cut off before its last token.":
+            ("answer[:, : position + 1]", "answer[:, :position]"),
+    },
+    also=[("positions[..., unwritten:]",
+           "self.decoder.relative_bias(1, max_new_tokens - unwritten, max_new_tokens - unwritten - 1)")],
+)  # fmt: skip
+def drifting_answers(t5, hint):
+    """Decoding with a cache gives other answers than decoding without a cache, but for plain T5's first token.
+
+    The three functions are the loop of decoding, the making of the caches, and the writing into a cache. One of them
+    has a bug. The cache may change the time that decoding takes, never its answers.
+    """
+    model, task, inputs = talkative_model(hint)
+    for name, modules in (("without modules", None), ("with modules", task.modules)):
+        sources = model.fuse(task, inputs)
+        wanted = decoded_without_cache(model.t5, sources, modules, 8)
+        found = model.t5.decode_greedily(sources, modules, 8)
+        for token in range(8):
+            yield f"token {token + 1} of every answer, {name}", found[:, token], wanted[:, token]
+        yield f"answers of at most 3 tokens, {name}", model.t5.decode_greedily(sources, modules, 3), wanted[:, :3]
+        ends = (wanted == 1).any(1).nonzero()[:, 0]
+        found = model.t5.decode_greedily(t5.select_rows(sources, ends), modules, 8)
+        longest = (wanted[ends] == 1).int().argmax(1).max() + 1
+        yield f"answers of a batch whose rows all end, {name}", found, wanted[ends, :longest]
+
+
+def talkative_model(hint):
+    """A model whose answers have many different tokens and lengths, an encoded task, and six inputs."""
+    model = tiny_hint(hint, vocab_size=13).requires_grad_(False)
+    draw = torch.Generator().manual_seed(295)
+    model.t5.lm_head.weight.data = torch.randn(13, 24, generator=draw)
+    model.t5.decoder.relative_bias.weight.data = 3 * torch.randn(32, 3, generator=draw)
+    inputs = torch.randint(2, 13, (6, 5), generator=draw)
+    inputs[3, 2:] = 0
+    return model, model.encode_instruction(torch.tensor([[5, 9, 7]])), inputs
+
+
+def decoded_without_cache(model, sources, modules, length):
+    """Choose each token by a new pass over all earlier tokens, until every row has ended."""
+    ids = torch.zeros(len(sources[-1].states), 1, dtype=torch.long)  # the start token
+    while ids.shape[1] <= length and not (ids == 1).any(1).all():
+        chosen = model.logits(model.decode(ids, sources, modules)[:, -1]).argmax(-1)
+        ids = torch.cat([ids, chosen.where((ids != 1).all(1), 0)[:, None]], 1)
+    return ids[:, 1:]
+
+
+@drifting_answers.facts
+def _(hint):
+    answers = []
+    for module in (hint, with_the_bug(drifting_answers, "hint")):
+        model, task, inputs = talkative_model(module)
+        answers.append(model.t5.decode_greedily(model.fuse(task, inputs), None, 8))
+    yield "wrong tokens without modules, percent", 100 * (answers[0] != answers[1]).float().mean().item(), "52 %"
+    yield "first wrong token", (answers[0] != answers[1]).any(0).nonzero()[0].item() + 1, "token 2"
+
+
+@exercise(
+    "bug",
+    ["data.cut", "data.HINTFormat.instruction", "data.HINTFormat.instruction_ids", "data.TkInstructFormat.__call__"],
+    level=2, minutes=20, paper="HINT, section 4 (texts cut to 1,024 tokens; the authors' code has this bug)",
+    bug=("[*ids[: max_length - 1], EOS]", "ids[:max_length]"),
+    hint="What is the last token of every text that T5 has seen in its training?",
+    why="T5 has learned that a text ends with </s>. Another word in its place moves the states of the other tokens by "
+        "36 % of their size, in a fresh tiny T5.",
+    near={
+        "A text that is cut has one token too many.": ("[*ids[: max_length - 1], EOS]", "[*ids[:max_length], EOS]"),
+        "A text that is cut has one token too few.": ("[*ids[: max_length - 1], EOS]", "[*ids[: max_length - 2], EOS]"),
+        "A text that fits has lost a token, or has two </s>.":
+            ("ids if len(ids) <= max_length else [*ids[: max_length - 1], EOS]", "[*ids[: max_length - 1], EOS]"),
+        "The beginning of the text is lost, not its end.":
+            ("[*ids[: max_length - 1], EOS]", "ids[-max_length:]"),
+        "Tk-Instruct's query is lost: the instance and `Output:` at the end of the prompt.":
+            ("ids = self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids",
+             "ids = cut(self.tokenizer.encode(before + query).ids, self.max_input)"),
+        "Tk-Instruct's text before the query is lost where a part of it has room.":
+            ("self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids", "ids"),
+        "Tk-Instruct keeps the end of the text before the query. It keeps the beginning.":
+            ("encode(before).ids[:-1][: self.max_input - len(ids)]",
+             "encode(before).ids[:-1][len(self.tokenizer.encode(before).ids) - 1 - self.max_input + len(ids) :]"),
+        "`Output:` is lost where the query alone is too long.":
+            ("question[:-1][: self.max_input - len(output)] + output", "cut(question[:-1] + output, self.max_input)"),
+        "A </s> stands inside the prompt, before `Output:`.":
+            ("question[:-1][: self.max_input - len(output)]", "question[: self.max_input - len(output)]"),
+        "An example too many is in HINT's instruction, and the definition is cut.":
+            ("<= self.max_instruction", "<= self.max_instruction + 1"),
+        "An example that fits exactly is left out of HINT's instruction.":
+            ("<= self.max_instruction", "< self.max_instruction"),
+        "After an example that does not fit, HINT does not try the next one.":
+            ("                text = longer",
+             "                text = longer\n            else:\n                break"),
+        "HINT's examples stand behind the definition. They stand before it, the last one first.":
+            ("_example(number, example) + text", "text + _example(number, example)"),
+        "HINT's instruction is not cut at all.":
+            ("cut(self.tokenizer.encode(self.instruction(task)).ids, self.max_instruction)",
+             "self.tokenizer.encode(self.instruction(task)).ids"),
+    },
+    also=[("ids if len(ids) <= max_length else [*ids[: max_length - 1], EOS]",
+           "[*ids[:-1][: max_length - 1], ids[-1]]")],
+)  # fmt: skip
+def unfinished(data):
+    """A model gives poor answers to tasks with long texts only.
+
+    The ids of such texts do not end as those of short texts do. The four functions cut ids, write HINT's instruction,
+    and write Tk-Instruct's prompt, whose query must never be lost. One of them has a bug.
+    """
+    for limit, wanted in ((6, [5, 6, 7, 8, 1]), (5, [5, 6, 7, 8, 1]), (4, [5, 6, 7, 1]), (2, [5, 1]), (1, [1])):
+        yield f"five ids cut to {limit}", data.cut([5, 6, 7, 8, 1], limit), wanted
+    tokenizer = data.toy_tokenizer()
+    examples = data.Example("pear oslo saw", "pear"), data.Example("lemon", "lemon saw")
+    task = data.Task("", "give the fruit.", examples, (data.Instance("", "plum paris judo golf", ("plum",)),))
+
+    def words(ids):
+        return " ".join(tokenizer.id_to_token(number) for number in ids)
+
+    first = "Positive Example 1 - Input : pear oslo saw . Output : pear ."  # 14 tokens
+    second = "Positive Example 2 - Input : lemon . Output : lemon saw ."  # 13 tokens
+    definition = "Definition : give the fruit ."  # 6 tokens, and </s>
+    for limit, wanted in (
+        (34, f"{second} {first} {definition} </s>"), (33, f"{first} {definition} </s>"),
+        (21, f"{first} {definition} </s>"), (20, f"{second} {definition} </s>"),
+        (7, f"{definition} </s>"), (5, "Definition : give the </s>"),
+    ):  # fmt: skip
+        found = data.HINTFormat(tokenizer, 2, limit)(task)
+        yield f"HINT's instruction with at most {limit} tokens", words(found[0][0]), wanted
+    found = data.HINTFormat(tokenizer, 0, 4, 3)(task)[0]
+    yield "a definition cut to 4 tokens", words(found[0]), "give the fruit </s>"
+    yield "an input cut to 3 tokens", words(found[1]), "plum paris </s>"
+    try:
+        found = data.HINTFormat(tokenizer, 2)(replace(task, prompted=True, examples=()))
+    except data.InputError:
+        found = "refused"
+    yield "two examples of a data set without examples", found, "refused"
+    found = data.HINTFormat(tokenizer, 2, 7)(replace(task, prompted=True))[0]
+    yield "a data set with examples that do not fit", words(found[0]), f"{definition} </s>"
+    query = "Now complete the following example - Input : plum paris judo golf ."  # 13 tokens
+    for limit, wanted in (
+        (49, f"{definition} {first} {second} {query} Output : </s>"),
+        (48, f"{definition} {first} {query} Output : </s>"),
+        (22, f"{definition} {query} Output : </s>"), (19, f"Definition : give {query} Output : </s>"),
+        (16, f"{query} Output : </s>"), (12, "Now complete the following example - Input : plum Output : </s>"),
+    ):  # fmt: skip
+        found = data.TkInstructFormat(tokenizer, 2, max_input=limit)(task)
+        yield f"Tk-Instruct's prompt with at most {limit} tokens", words(found[0][1]), wanted
+
+
+@unfinished.facts
+def _(t5):
+    torch.manual_seed(0)
+    model = t5.T5(t5.SIZES["tiny"]).eval().requires_grad_(False)
+    ids = torch.randint(2, 50, (64, 8))
+    states = model.read(F.pad(ids[:, :7], (0, 1), value=t5.EOS)).states[:, :7]
+    moved = model.read(ids).states[:, :7] - states
+    yield "how far the states move, percent", 100 * (moved.norm() / states.norm()).item(), "36 %"
+
+
+@exercise(
+    "bug", ["data.Shuffled.__init__", "data.Shuffled.take"], level=2, minutes=20,
+    paper="HINT, section 3.3 (mixed-task batches); a run that is stopped and resumed",
+    bug=("{self.seed}/{epoch}", "{self.seed}/{self._epoch + 1}"),
+    hint="Write down what a new object knows that is made at position 17. Which order does it draw first?",
+    why="Of 1,000 examples, a run that is resumed in the middle of its second epoch sees 236 twice, and 236 never.",
+    near={
+        "Every epoch has the same order.": ("{self.seed}/{epoch}", "{self.seed}"),
+        "The order does not depend on the seed.": ("{self.seed}/{epoch}", "{epoch}"),
+        "The order depends on everything else that drew random numbers in this process.":
+            ('random.Random(f"{self.seed}/{epoch}").shuffle', "random.shuffle"),
+        "The examples are not shuffled at all.": ('random.Random(f"{self.seed}/{epoch}").shuffle(groups)', "pass"),
+        "Groups are torn apart: their examples do not stand together.":
+            ("[range(start, min(start + self.group, size)) for start in range(0, size, self.group)]",
+             "[range(start, start + 1) for start in range(size)]"),
+        "Examples inside a group have changed their order.":
+            ("list(chain(*groups))", "[i for g in groups for i in g[::-1]]"),
+        "The first epoch of this object is not shuffled.":
+            ("self._epoch, self._order = -1, []", "self._epoch, self._order = 0, list(range(len(examples)))"),
+        "The last group, which is shorter, never comes.":
+            ("range(0, size, self.group)]", "range(0, size - self.group + 1, self.group)]",
+             "self._order[place]", "self._order[place % len(self._order)]"),
+        "Some examples come twice in an epoch, and some never: groups are drawn with replacement.":
+            ('random.Random(f"{self.seed}/{epoch}").shuffle(groups)',
+             'groups = random.Random(f"{self.seed}/{epoch}").choices(groups, k=size)'),
+        "The position stands still, so that every call takes the same examples.": ("self.position += count", "pass"),
+        "The position goes on by one too many, so that one example is left out between calls.":
+            ("self.position += count", "self.position += count + 1"),
+        "A new object begins at position 0, also when another position is given.":
+            ("self.position = position", "self.position = 0"),
+        "The first order of this object is used for all epochs.":
+            ("if epoch != self._epoch:", "if not self._order:"),
+        "The names are those of other examples.": ("self._names[place] if", "self._names[place - 1] if"),
+    },
+    also=[('random.Random(f"{self.seed}/{epoch}").shuffle(groups)',
+           'generator = torch.Generator().manual_seed(1000 * self.seed + epoch)\n'
+           '                groups = [groups[i] for i in torch.randperm(len(groups), generator=generator)]')],
+)  # fmt: skip
+def twice_and_never(data):
+    """A run was stopped and resumed. Since then some examples of the epoch have come twice, and others never.
+
+    `Shuffled` hands out examples in a new order each epoch. `position`, the number of examples taken so far, is all
+    that a resumed run is given. One of the two methods has a bug.
+    """
+    everything = list(range(17))
+
+    def taken(count, **options):
+        return data.Shuffled(everything, **{"seed": 5, **options}).take(count)
+
+    for group in (1, 3):
+        whole, name = taken(51, group=group), f"groups of {group}"
+        epochs = [whole[start : start + 17] for start in (0, 17, 34)]
+        yield f"all examples of each epoch, sorted, {name}", [sorted(epoch) for epoch in epochs], [everything] * 3
+        torn = []
+        for epoch in epochs:
+            for first in range(0, 17, group):
+                places = [epoch.index(i) for i in everything[first : first + group]]
+                torn += [first] * (places != list(range(places[0], places[0] + len(places))))
+        yield f"first examples of groups that are torn apart or turned round, {name}", torn, []
+        yield f"different orders in 3 epochs, {name}", len(set(map(tuple, epochs))), 3
+        yield f"epochs that are not shuffled, {name}", epochs.count(everything), 0
+        yield f"another object of the same seed, {name}", taken(51, group=group), whole
+        yield f"is the order another with another seed, {name}", taken(51, group=group, seed=6) != whole, True
+        for position in (3, 17, 20, 40):
+            found = taken(51 - position, group=group, position=position)
+            yield f"resumed at position {position}, {name}", found, whole[position:]
+        source = data.Shuffled(everything, 5, group=group)
+        yield f"48 examples taken 8 at a time, {name}", [i for _ in range(6) for i in source.take(8)], whole[:48]
+        yield f"position after 48 examples, {name}", source.position, 48
+    tasks = [data.Task(name, "", (), (data.Instance("", "", ("",)),) * size) for name, size in (("a", 5), ("b", 12))]
+    source = data.Shuffled(everything, 5, tasks=tasks)
+    yield "tasks of the examples taken last", source.names, []
+    wanted = ["a" if number < 5 else "b" for number in source.take(10)]
+    yield "tasks of the examples taken last", source.names, wanted
+    source = data.Shuffled(everything, 5)
+    wanted = [f"example {number}" for number in source.take(10)]
+    yield "names of examples without tasks", source.names, wanted
+
+
+@twice_and_never.facts
+def _(data):
+    seen = data.Shuffled(range(1000), 0).take(1500)[1000:]
+    rest = with_the_bug(twice_and_never, "data").Shuffled(range(1000), 0, position=1500).take(500)
+    yield "examples that come twice", len(set(seen) & set(rest)), "236"
+
+
+@exercise(
+    "bug", ["t5.Attention.__init__", "t5.attend", "t5.FeedForward.forward"], level=1, minutes=20,
+    paper="Raffel et al., section 2.1 (dropout)",
+    bug=("self.wo(self.dropout(hidden))", "self.wo(F.dropout(hidden, self.dropout.p))"),
+    hint="A module knows whether it trains: eval() switches every nn.Dropout off. What does F.dropout know?",
+    why="With the bug, states of a fresh tiny T5 in eval mode differ by 34 % of their size from one call to the next.",
+    near={
+        "There is no dropout in the feed-forward layer now, not even in training.":
+            [("self.wo(self.dropout(hidden))", "self.wo(hidden)"),
+             ("self.wo(self.dropout(hidden))", "self.wo(F.dropout(hidden, self.dropout.p, training=False))")],
+        "Dropout falls on the output of the feed-forward layer, which the block drops already, not on hidden units.":
+            ("self.wo(self.dropout(hidden))", "self.dropout(self.wo(hidden))"),
+        "Dropout falls on the hidden units and again on the output of the feed-forward layer.":
+            ("self.wo(self.dropout(hidden))", "self.dropout(self.wo(self.dropout(hidden)))"),
+        "The hidden units are dropped twice.": ("self.dropout(hidden)", "self.dropout(self.dropout(hidden))"),
+        "Dropout falls on the scores. It belongs on the weights, after the softmax.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
+        "There is no dropout in the attention now.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
+        "The attention's rate is 0.1, whatever the config says.":
+            ("nn.Dropout(config.dropout_rate)", "nn.Dropout(0.1)"),
+        "The attention's rate is that of keeping, not of dropping.":
+            ("nn.Dropout(config.dropout_rate)", "nn.Dropout(1 - config.dropout_rate)"),
+        "The attention drops numbers of the result, not weights.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)",
+             "return sum(torch.einsum(", "return dropout(sum(torch.einsum(",
+             "zip(pieces, parts))", "zip(pieces, parts)))"),
+    },
+    also=[("self.wo(self.dropout(hidden))", "self.wo(F.dropout(hidden, self.dropout.p, self.training))")],
+)  # fmt: skip
+def two_answers(t5):
+    """A trained model gives two different answers to one question, although it is in eval mode.
+
+    The three functions make an attention, attend, and pass the feed-forward layer. One of them has a bug. In training
+    each of them must drop as before: weights of the attention after the softmax, and hidden units.
+    """
+    config = t5.T5Config(d_model=24, d_kv=5, d_ff=24, num_heads=3, dropout_rate=0.25)
+    x = torch.randn(40, 50, 24)
+    layer = t5.FeedForward(config).requires_grad_(False)
+    layer.wo.weight.copy_(torch.linalg.qr(torch.randn(24, 24))[0])  # orthogonal: its transpose undoes the product
+    hidden = torch.nn.functional.gelu(layer.wi_0(x), approximate="tanh") * layer.wi_1(x)
+    layer.eval()
+    yield "first call of the feed-forward layer in eval mode", layer(x), hidden @ layer.wo.weight.T
+    yield "second call of the feed-forward layer in eval mode", layer(x), hidden @ layer.wo.weight.T
+    units = layer.train()(x) @ layer.wo.weight
+    dropped = units.abs() < 1e-4 * hidden.abs().max()
+    yield "hidden units dropped in training, in steps of 5 percent", round(20 * dropped.float().mean().item()) * 5, 25
+    yield "hidden units that stay in training", torch.where(dropped, 0, units), torch.where(dropped, 0, hidden / 0.75)
+    old = t5.FeedForward(replace(config, feed_forward_proj="relu")).eval()
+    yield "feed-forward layer of T5 v1.0 in eval mode", old(x), old.wo(old.wi(x).relu())
+    attention = t5.Attention(config)
+    yield "the attention's rate of dropout", attention.dropout.p, 0.25
+    yield "its parameters", sorted(name for name, _ in attention.named_parameters()), [f"{i}.weight" for i in "koqv"]
+    query, (key, value) = torch.randn(2, 3, 4, 5), torch.randn(2, 2, 3, 5, 5)
+    keep, bias = (torch.rand(2, 3, 4, 5) < 0.7).float(), torch.randn(1, 3, 4, 3)
+    wanted = ((query @ key.mT + torch.cat([torch.zeros(1, 3, 4, 2), bias], -1)).softmax(-1) * keep) @ value
+    for lengths in ([5], [2, 3], [4, 1]):
+        parts = [t5.KeyValue(*pair) for pair in zip(key.split(lengths, 2), value.split(lengths, 2))]
+        found = t5.attend(query, parts, bias, lambda weights: weights * keep)
+        yield f"attention over parts of {lengths} keys, whose dropout takes given weights", found, wanted
+    attention.eval()
+    calls = [attention(x, [attention.project(x)], torch.zeros(1, 1, 1, 50)) for _ in range(2)]
+    yield "second call of the attention in eval mode", calls[1], calls[0]
+
+
+@two_answers.facts
+def _(t5):
+    torch.manual_seed(0)
+    model = with_the_bug(two_answers, "t5").T5(t5.SIZES["tiny"]).eval().requires_grad_(False)
+    ids = torch.randint(2, 50, (8, 16))
+    first, second = (model.read(ids).states for _ in range(2))
+    yield "how far the states move, percent", 100 * ((first - second).norm() / first.norm()).item(), "34 %"

@@ -1,0 +1,1097 @@
+"""Rebuild a function: its body is cut out, its signature and docstring stay, and you write it anew."""
+
+import itertools
+import json
+import math
+import random
+
+import torch
+
+from mechanics import copied, exercise
+from small import tiny_hint, tiny_t5
+
+BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12)  # T5 v1.1 base
+
+
+@exercise(
+    "rebuild", ["t5.Adapter.__call__"], level=1, minutes=10, paper="HINT, equation (1)",
+    hint="Two products and an activation between them. The block adds the residual, so the adapter does not.",
+    why="The numbers generated for one instruction, p, are 4 % of the N parameters of T5 XL, and new for each task.",
+    near={
+        "You add u to the result. The block has that residual already.":
+            ("self.up) + self.up_bias", "self.up) + self.up_bias + u"),
+        "Your activation is relu. Equation (1) has gelu.": ('F.gelu(hidden, approximate="tanh")', "F.relu(hidden)"),
+        "Your first bias is added after the activation. It belongs inside.":
+            (" + self.down_bias",
+             "", 'F.gelu(hidden, approximate="tanh")', 'F.gelu(hidden, approximate="tanh") + self.down_bias'),
+        "Your gelu is the exact one. T5 uses its tanh approximation.":
+            ('F.gelu(hidden, approximate="tanh")', "F.gelu(hidden)"),
+        "Your second bias is missing.": (" + self.up_bias", ""),
+        "Your first bias is missing.": (" + self.down_bias", ""),
+        "Every row gets the adapter of the first row. In a mixed batch each row has its own.":
+            ("u, self.down)",
+             "u, self.down[:1].expand(len(u), -1, -1))", "self.up)", "self.up[:1].expand(len(u), -1, -1))"),
+        "There is no activation between your two products, so that they are one product.":
+            ('F.gelu(hidden, approximate="tanh")', "hidden"),
+    },
+    also=[("t5.Adapter.__call__", """
+        hidden = u @ self.down + self.down_bias
+        inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
+        return (0.5 * hidden * (1 + torch.tanh(inner))) @ self.up + self.up_bias
+    """)],
+)  # fmt: skip
+def adapter(t5):
+    """Write the adapter, a bottleneck beside the feed-forward layer: gelu(u W_down + b_down) W_up + b_up.
+
+    The weights are generated. They have a batch axis: either one adapter for all rows, or one for each row.
+    """
+    d, r = 6, 4
+    for batch in (3, 1):
+        u = torch.randn(3, 5, d)
+        down, down_bias = torch.randn(batch, d, r), torch.randn(batch, 1, r)
+        up, up_bias = torch.randn(batch, r, d), torch.randn(batch, 1, d)
+        wanted = torch.zeros(3, 5, d)
+        for row in range(3):
+            b = row if batch == 3 else 0
+            for place in range(5):
+                for j in range(r):
+                    h = sum(u[row, place, i] * down[b, i, j] for i in range(d)) + down_bias[b, 0, j]
+                    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+                    wanted[row, place] += gelu * up[b, j]
+                wanted[row, place] += up_bias[b, 0]
+        found = t5.Adapter(down, down_bias, up, up_bias)(u)
+        yield f"{'one adapter for each row' if batch == 3 else 'one adapter for all rows'}", found, wanted
+
+
+@adapter.facts
+def _(hint):
+    config = hint.T5Config(d_model=2048, d_ff=5120, num_layers=24, num_decoder_layers=24, num_heads=32)
+    model = hint.on_meta(config, hint.HINTConfig())
+    size = sum(parameter.numel() for parameter in model.t5.parameters())
+    kinds = model.hypernetwork.kinds.values()
+    generated = sum(kind.slots * kind.columns * kind.width for kind in kinds)
+    yield "p / N at XL, percent", 100 * generated / size, "4 %"
+
+
+@exercise(
+    "rebuild", ["t5.attend"], level=2, minutes=25, paper="Raffel et al., section 2.1; HINT, section 3.1.1",
+    hint="Join the scores of all parts before the softmax, and cut the weights again after it.",
+    why="A fresh score has a standard deviation of 1.0, because W_q starts small. Divided by sqrt(64), it has 0.12.",
+    near={
+        "You divide the scores by sqrt(k). T5 does not.":
+            ("scores = scores + bias", "scores = scores / query.shape[-1] ** 0.5 + bias"),
+        "You take a softmax for each part. One softmax runs over the keys of all parts.": ("t5.attend", """
+            lengths = [part.key.shape[2] for part in parts]
+            bias = F.pad(bias, (sum(lengths) - bias.shape[-1], 0))
+            scores = [query @ part.key.mT + piece for part, piece in zip(parts, bias.split(lengths, -1))]
+            return sum(dropout(score.softmax(-1).type_as(query)) @ part.value for score, part in zip(scores, parts))
+        """),
+        "Your softmax runs over the queries. It runs over the keys, the last axis.":
+            ("dim=-1).type_as", "dim=-2).type_as"),
+        "The bias is not added.": ("scores = scores + bias", "scores = scores"),
+        "You add the bias to the weights. It belongs to the scores, before the softmax.":
+            ("scores = scores + bias", "", "dropout(scores.softmax(dim=-1)", "dropout((scores.softmax(dim=-1) + bias)"),
+        "You drop scores. Dropout is for the weights, after the softmax.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
+        "Dropout is not called.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
+        "You drop numbers of the result. Dropout is for the weights.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)",
+             "return sum(", "return dropout(sum(", "zip(pieces, parts))", "zip(pieces, parts)))"),
+        "The weights of one part meet the values of another.": ("zip(pieces, parts)", "zip(pieces, parts[::-1])"),
+        "The prefix stands at the end of your bias. It is the first P keys.": ("(prefix, 0)", "(0, prefix)"),
+        "Your prefix is hidden. Its bias is zero.":
+            ("F.pad(bias, (prefix, 0))", "F.pad(bias, (prefix, 0), value=MASKED)"),
+        "Your prefix has the bias of the first token. It has no position, so its bias is zero.":
+            ("F.pad(bias, (prefix, 0))", "torch.cat([bias[..., :1].expand(*bias.shape[:-1], prefix), bias], -1)"),
+    },
+    also=[("t5.attend", """
+        batch = len(query)
+        key, value = (torch.cat([part[i].expand(batch, -1, -1, -1) for part in parts], dim=2) for i in (0, 1))
+        scores = query @ key.transpose(2, 3)
+        scores[..., scores.shape[-1] - bias.shape[-1] :] += bias
+        return dropout(scores.softmax(-1).to(query.dtype)) @ value
+    """)],
+)  # fmt: skip
+def attention(t5):
+    """Write the attention of T5, over the keys and values of several parts (a prefix, an instruction, an input).
+
+    Each part is a `KeyValue(key, value)`; one of batch 1 serves all rows. The scores are not divided by sqrt(k).
+    The bias is for the last keys. The P keys in front of these are a prefix, whose bias is zero.
+    `dropout` is a function of the weights. In the check it is a square, so that its place shows.
+    """
+    heads, queries, width = 2, 4, 3
+    batches = {"one part": [(2, 5)], "two parts": [(2, 3), (2, 3)], "a shared part": [(1, 2), (2, 4), (2, 1)]}
+    for what, sizes in batches.items():
+        query, total = torch.randn(2, heads, queries, width), sum(length for _, length in sizes)
+        parts = [t5.KeyValue(*torch.randn(2, batch, heads, length, width)) for batch, length in sizes]
+        for prefix in (0, 2):
+            bias, wanted = torch.randn(2, heads, queries, total - prefix), torch.zeros_like(query)
+            for b, h, t in itertools.product(range(2), range(heads), range(queries)):
+                keys, values = ([pair for part in parts for pair in part[i][b % len(part[i]), h]] for i in (0, 1))
+                scores = [sum(query[b, h, t] * key) for key in keys]
+                powers = [math.exp(s + (bias[b, h, t, i - prefix] if i >= prefix else 0)) for i, s in enumerate(scores)]
+                wanted[b, h, t] = sum((p / sum(powers)) ** 2 * value for p, value in zip(powers, values))
+            found = t5.attend(query, parts, bias, torch.square)
+            yield f"{what}, {prefix} keys of a prefix, and a square for dropout", found, wanted
+    query, parts = query.bfloat16(), [t5.KeyValue(*(x.bfloat16() for x in part)) for part in parts]
+    yield "queries, keys and values in bf16", t5.attend(query, parts, bias, torch.square), wanted.bfloat16(), 3e-2
+
+
+@attention.facts
+def _(t5):
+    layer = t5.T5(t5.T5Config(vocab_size=8, num_layers=1, num_decoder_layers=1)).encoder.blocks[0].self_attention
+    x = torch.randn(1, 500, 512)
+    scores = layer.split(layer.q(x)) @ layer.project(x).key.mT
+    yield "standard deviation of a fresh score", scores.std(), "1.0"
+    yield "the same, divided by sqrt(k)", scores.std() / 8, "0.12"
+
+
+@exercise(
+    "rebuild", ["t5.KeyValue.before", "t5.Block.read"], level=1, minutes=15, paper="HINT, section 3.1.1 (prefixes)",
+    hint="A prefix stands in front. It is not projected: it is generated as keys and values.",
+    why="With the first token's bias in place of zero, the encoded states of a tiny model move by 0.15 of their size.",
+    near={
+        "Your prefix stands after the tokens. It stands before them.":
+            ("[p.expand(batch, -1, -1, -1).type_as(x), x]", "[x, p.expand(batch, -1, -1, -1).type_as(x)]"),
+        "Keys and values of the prefix have changed places.": ("zip(self, new)", "zip(self[::-1], new)"),
+        "Only the keys got a prefix. The values need one too.":
+            ("t5.KeyValue.before",
+             "key = torch.cat([self.key.expand(len(new.key), -1, -1, -1).type_as(new.key), new.key], dim=2)\n"
+             "return KeyValue(key, new.value)"),
+        "Every row gets the prefix of the first row.": ("p.expand(batch", "p[:1].expand(batch"),
+        "The type changes: the result has the type of the tokens' keys and values.": (".type_as(x), x", ", x"),
+        "The tokens are gone: only the prefix is left.": (".type_as(x), x]", ".type_as(x)]"),
+        "The cross-prefix stands after the sources.":
+            ("(*modules.cross_prefix, *projected)", "(*projected, *modules.cross_prefix)"),
+        "The cross-prefix is missing.": ("(*modules.cross_prefix, *projected)", "tuple(projected)"),
+        "The sources come in the wrong order.": ("for source in sources]", "for source in sources[::-1]]"),
+        "The LoRA of the self-attention is used. The cross-attention has its own.":
+            ("modules.cross_lora", "modules.lora"),
+        "The LoRA of the cross-attention is not used.": (", modules.cross_lora", ""),
+        "The self-attention projects the sources. The cross-attention has weights of its own.":
+            ("self.cross_attention.project", "self.self_attention.project"),
+    },
+    also=[("t5.KeyValue.before", """
+        def join(prefix, tokens):
+            rows = [torch.cat([prefix[b % len(prefix)].to(tokens.dtype), row], dim=1) for b, row in enumerate(tokens)]
+            return torch.stack(rows)
+        return KeyValue(join(self.key, new.key), join(self.value, new.value))
+    """)],
+)  # fmt: skip
+def prefix(t5):
+    """Put a generated prefix in front of the keys and values of tokens, and list what a cross-attention reads.
+
+    `before`: joined along the axis of places. A prefix of batch 1 serves all rows; the result has the tokens' type.
+    `read`: a tuple, first the pairs of `modules.cross_prefix`, then one pair for each source:
+    `self.cross_attention.project(states, lora)` makes it of `source.states`; this layer's LoRA is `modules.cross_lora`.
+    """
+    for batch, dtype in ((3, torch.float32), (1, torch.float32), (3, torch.bfloat16)):
+        own, new = torch.randn(2, batch, 2, 4, 5), torch.randn(2, 3, 2, 4, 5).to(dtype)
+        wanted = torch.zeros(2, 3, 2, 8, 5, dtype=dtype)
+        for i, row, place in itertools.product(range(2), range(3), range(4)):
+            wanted[i, row, :, place] = own[i, row if batch == 3 else 0, :, place]
+            wanted[i, row, :, 4 + place] = new[i, row, :, place]
+        found = t5.KeyValue(*own).before(t5.KeyValue(*new))
+        what = f"a prefix of batch {batch} before three rows of {str(dtype).removeprefix('torch.')}"
+        yield what, (found.key, found.value), tuple(wanted)
+    block = tiny_t5(t5).decoder.blocks[1]
+    lora, other = (t5.LoRA(*(torch.randn(1, *shape) for shape in 2 * [(24, 2), (2, 30)])) for _ in range(2))
+    sources = [t5.Source(torch.randn(1, length, 24), torch.ones(1, length)) for length in (3, 2)]
+    pairs = (t5.KeyValue(*torch.randn(2, 1, 3, 6, 10)),)
+    wanted = []
+    for states, _ in sources:
+        key = states[0] @ block.cross_attention.k.weight.T
+        value = states[0] @ block.cross_attention.v.weight.T + states[0] @ lora.value_down[0] @ lora.value_up[0]
+        wanted.append([torch.stack([x[:, 10 * h : 10 * h + 10] for h in range(3)])[None] for x in (key, value)])
+    found = block.read(sources, t5.LayerModules(cross_prefix=pairs, cross_lora=lora, lora=other))
+    yield "what a cross-attention reads", found, copied([*pairs, *wanted])
+    yield "the same without modules", len(block.read(sources, t5.LayerModules())), 2
+
+
+@prefix.facts
+def _(t5):
+    model, ids = tiny_t5(t5), torch.randint(3, 53, (4, 12))
+    layers = [t5.LayerModules(prefix=t5.KeyValue(*torch.randn(2, 1, 3, 4, 10))) for _ in range(2)]
+    states, attend = model.read(ids, None, t5.Modules(tuple(layers), ())).states, t5.attend
+
+    def with_first_bias(query, parts, bias, dropout):
+        first = bias[..., :1].expand(*bias.shape[:-1], 4)
+        return attend(query, parts, torch.cat([first, bias], dim=-1), dropout)
+
+    t5.attend = with_first_bias
+    moved = model.read(ids, None, t5.Modules(tuple(layers), ())).states
+    yield "change of the states, relative to their size", (moved - states).norm() / states.norm(), "0.15"
+
+
+@exercise(
+    "rebuild", ["hypernet.ColumnGenerator.weights"], level=3, minutes=40,
+    paper="HINT, section 3.1.1 (parameter generators)",
+    hint="Join the embeddings in the order of `self.kinds`, attend once, split in that order, then call the networks.",
+    why="At T5 base 26,784 embeddings become as many columns. "
+        "If these are not divided, the demo's loss at step 400 is 1.01 in place of 0.78 (one seed).",
+    near={
+        "Your columns are not divided by sqrt(d): multiply by `self.scale`.": (" * self.scale", ""),
+        "Your columns are divided by d. Divide them by sqrt(d).": ("* self.scale", "* self.scale**2"),
+        "The axes of slots and columns have changed places: [B, slots, columns, width].":
+            ("(kind.slots, kind.columns)", "(kind.columns, kind.slots)"),
+        "The columns of one slot are not neighbours in your Z: embeddings are listed slot by slot.":
+            ("(kind.slots, kind.columns))", "(kind.columns, kind.slots)).transpose(1, 2)"),
+        "Nobody reads the instruction: Z is C itself.": ("if self.attention is None:", "if True:"),
+        "Padding is read. Hand the mask to the attention.":
+            ("states, attention_mask, recompute", "states, attention_mask * 0 + 1, recompute"),
+        "All examples get the weights of the first instruction.":
+            ("pieces = z.split", "pieces = z[:1].expand(len(states), -1, -1).split"),
+        "You add the embeddings to what the attention returns. There is no residual.":
+            ("z = recomputable(self.attention,", "z = z + recomputable(self.attention,"),
+        "The embeddings of one kind are used for another: join and split in the same order.":
+            ("for name in self.kinds]).unsq", "for name in reversed(self.kinds)]).unsq"),
+        "Without a reader, one set of columns is given for the batch. Expand it to all examples.":
+            ("z = z.expand(len(states), -1, -1)", "z = z"),
+    },
+    also=[("hypernet.ColumnGenerator.weights", """
+        weights = {}
+        for name, kind in self.kinds.items():
+            z = self.embeddings[name][None].repeat(len(states), 1, 1)
+            if self.attention is not None:
+                z = self.attention(self.embeddings[name][None], states, attention_mask)
+            weights[name] = self.networks[name](z).reshape(len(states), *kind) * self.scale
+        return weights
+    """)],
+)  # fmt: skip
+def columns(hint):
+    """Generate all columns: embeddings C -> attention to the instruction -> Z -> a network for each kind of weight.
+
+    `self.kinds[name]` has slots, columns and width; `self.embeddings[name]` [slots * columns, d];
+    `self.attention(C [1, N, d], states, attention_mask)` gives Z [B, N, d], or `self.attention` is None and Z is C;
+    `self.networks[name]` makes columns of Z. All values are divided by sqrt(d): `self.scale`.
+    The result is a dictionary: name -> [B, slots, columns, width].
+    """
+    states, mask = torch.randn(2, 5, 24), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    for reads in (True, False):
+        generator = tiny_hint(hint, {"generator": "columns" if reads else "direct", "fusion": reads}).hypernetwork
+        attention, wanted = generator.attention, {}
+        for name, kind in generator.kinds.items():
+            wanted[name] = torch.zeros(2, *kind)
+            first, last = generator.networks[name][0].weight, generator.networks[name][-1].weight
+            for b, slot, column in itertools.product(range(2), range(kind.slots), range(kind.columns)):
+                z = generator.embeddings[name][slot * kind.columns + column]
+                if reads:
+                    seen, heads = states[b, : int(mask[b].sum())], []
+                    for h in range(3):
+                        head = slice(10 * h, 10 * h + 10)
+                        scores = (seen @ attention.k.weight[head].T) @ (attention.q.weight[head] @ z)
+                        heads.append((seen @ attention.v.weight[head].T).T @ scores.softmax(0))
+                    z = attention.o.weight @ torch.cat(heads)
+                hidden = torch.nn.functional.gelu(first @ z, approximate="tanh")
+                wanted[name][b, slot, column] = last @ hidden / math.sqrt(24)
+        found = generator.weights(states, mask)
+        who = "columns for two instructions" if reads else "columns without a reader of the instruction"
+        yield f"{who}: names", sorted(found), sorted(wanted)
+        for name in wanted:
+            yield f"{who}: {name}", found[name], wanted[name].detach()
+
+
+@columns.facts
+def _(hint, runs):
+    kinds = hint.on_meta(hint.T5Config(**BASE), hint.HINTConfig()).hypernetwork.kinds.values()
+    yield "columns at base", sum(kind.slots * kind.columns for kind in kinds), "26,784"
+    yield "loss of the demo at step 400", last_loss(runs, "columns-own-400"), "0.78"
+    yield "the same, not divided by sqrt(d)", last_loss(runs, "columns-1-400"), "1.01"
+
+
+def last_loss(runs, name):
+    """Loss at the end of a run of `python exercises run`."""
+    log = (runs / "exercises" / name / "log.jsonl").read_text("utf-8")
+    return json.loads(log.splitlines()[-1])["loss"]
+
+
+@exercise(
+    "rebuild", ["hypernet.Generator.layer"], level=2, minutes=20, paper="HINT, section 3.1.1 (scaling down parameters)",
+    hint="What embedding j wrote is column j of W_down and row j of W_up. A matrix turned is not a matrix reshaped.",
+    why="Training does not find this error: with W_down reshaped, the demo's loss at step 400 is 0.80, with yours 0.78 "
+        "(one seed).",
+    near={
+        "You reshape W_down, as the authors' code does: an embedding then fills several rows. Turn it (`.mT`).":
+            ("weights[\"adapter_down\"][layer].mT",
+             "weights[\"adapter_down\"][layer].reshape_as(weights[\"adapter_down\"][layer].mT)"),
+        "You turn W_up in place of W_down. Vector j is row j of W_up and column j of W_down.":
+            ("[layer].mT, weights[\"adapter_up\"][layer]", "[layer], weights[\"adapter_up\"][layer].mT"),
+        "In your prefix, heads and their numbers have changed places: a head is k neighbours of a vector.":
+            ("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
+             "part.unflatten(-1, (-1, self.heads)).permute(0, 3, 1, 2)"),
+        "You reshape a prefix to [B, h, P, k] without exchanging axes: heads get numbers of other places.":
+            ("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
+             "part.reshape(len(part), self.heads, part.shape[1], -1)"),
+        "The biases have changed places.":
+            ("weights[\"adapter_down_bias\"][layer], up, weights[\"adapter_up_bias\"][layer]",
+             "weights[\"adapter_up_bias\"][layer], up, weights[\"adapter_down_bias\"][layer]"),
+        "The self-attention gets the prefix of the cross-attention. The first number is that of the self-attention.":
+            ("own, cross = prefixes[:1], prefixes[1:]", "own, cross = prefixes[-1:], prefixes[:-1]"),
+        "Keys and values of the prefix have changed places.":
+            ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
+             "weights[\"prefix_value\"][slot], weights[\"prefix_key\"][slot]"),
+        "You take prefixes by the number of the layer. They are numbered by attention.":
+            ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
+             "weights[\"prefix_key\"][layer], weights[\"prefix_value\"][layer]"),
+        "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.": (" * self.lora_scale", ""),
+        "LoRA of queries and of values have changed places.":
+            ("LoRA(query_down, query_up, value_down, value_up)", "LoRA(value_down, value_up, query_down, query_up)"),
+        "There is no cross-prefix.": ("tuple(cross)", "()"),
+    },
+    also=[("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "torch.stack(part.chunk(self.heads, -1), dim=1)",
+           "[layer].mT, weights", "[layer].transpose(1, 2), weights")],
+)  # fmt: skip
+def hand_over(hint):
+    """Hand the generated columns of one layer to T5, as adapter, prefixes and LoRA.
+
+    `weights[name][number]` [B, columns, width] holds one vector a row. Adapters are numbered by layer, prefixes and
+    LoRA by attention: `attentions` names the self-attention, then, in a decoder, the cross-attention.
+    Names: adapter_down, adapter_down_bias, adapter_up, adapter_up_bias; prefix_key, prefix_value; lora_query_down,
+    lora_query_up, lora_value_down, lora_value_up. Every `down` becomes [B, d, r]. An `up` is [B, r, ...] as it is, and
+    that of LoRA is multiplied by `self.lora_scale`. Keys and values become [B, h, P, k], where h is `self.heads`.
+    Return LayerModules(adapter, prefix, cross_prefix, lora, cross_lora), made of Adapter, KeyValue and LoRA.
+    The cross-prefix is a tuple of pairs. What is not in `weights` is absent: None, or () for the cross-prefix.
+    """
+    generator = tiny_hint(hint).hypernetwork
+    kinds = {**generator.kinds, **tiny_hint(hint, {"modules": "lora"}).hypernetwork.kinds}
+    weights = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in kinds.items()}
+
+    def turned(x):
+        return torch.stack([torch.stack([x[b, :, i] for i in range(x.shape[2])]) for b in range(2)])
+
+    def heads(x):
+        wanted = torch.zeros(2, 3, 4, 10)
+        for b, h, place, i in itertools.product(range(2), range(3), range(4), range(10)):
+            wanted[b, h, place, i] = x[b, place, 10 * h + i]
+        return wanted
+
+    for what, layer, attentions in (("an encoder layer", 1, [1]), ("a decoder layer", 3, [4, 5])):
+        found = generator.layer(weights, layer, attentions)
+        adapter = [weights[f"adapter_{name}"][layer] for name in ("down", "down_bias", "up", "up_bias")]
+        yield f"adapter of {what}", found.adapter, (turned(adapter[0]), *adapter[1:])
+        pairs = [tuple(heads(weights[f"prefix_{name}"][slot]) for name in ("key", "value")) for slot in attentions]
+        yield f"prefix of the self-attention of {what}", found.prefix, pairs[0]
+        yield f"prefixes of the cross-attention of {what}", found.cross_prefix, tuple(pairs[1:])
+        for slot, own in zip(attentions, (found.lora, found.cross_lora)):
+            parts = [weights[f"lora_{name}"][slot] for name in ("query_down", "query_up", "value_down", "value_up")]
+            yield f"LoRA {slot} of {what}", own, (turned(parts[0]), parts[1] / 5, turned(parts[2]), parts[3] / 5)
+    chosen = {name: weights[name] for name in ("prefix_key", "prefix_value")}
+    found = generator.layer(chosen, 0, [0])
+    yield "prefixes alone: no adapter, no LoRA", (found.adapter, found.lora), (None, None)
+    chosen = {name: weights[name] for name in weights if name.startswith("adapter")}
+    yield "adapters alone: no prefixes, no LoRA", generator.layer(chosen, 0, [0])[1:4], (None, (), None)
+
+
+@hand_over.facts
+def _(runs):
+    yield "loss of the demo at step 400", last_loss(runs, "columns-own-400"), "0.78"
+    yield "the same, W_down reshaped", last_loss(runs, "hand-over-1-400"), "0.80"
+
+
+@exercise(
+    "rebuild", ["hint.HINT.fuse", "hint.HINT.forward"], level=2, minutes=30, paper="HINT, sections 3.1 and 3.3",
+    hint="`torch.unique(..., dim=0, return_inverse=True)` gives the distinct rows, and which of them each row is.",
+    why="To encode the instruction of every example would cost 4.3 times the FLOPs: 16 examples of two tasks, "
+        "instructions of 128 tokens, inputs of 64, answers of 16, two layers of base's width.",
+    near={
+        "The input is encoded without the generated modules.":
+            ("input_ids, attention_mask, task.modules)", "input_ids, attention_mask)"),
+        "The decoder reads the input twice, and the instruction never.":
+            ("[Source(task.states, task.attention_mask), source]", "[source, source]"),
+        "The decoder does not read the instruction: there is no fusion.":
+            ("[Source(task.states, task.attention_mask), source]", "[source]"),
+        "The padding of instructions is read. Hand on the instruction's mask.":
+            ("Source(task.states, task.attention_mask)", "Source(task.states, torch.ones_like(task.attention_mask))"),
+        "The decoder has no modules.": ("self.fuse(task, input_ids), task.modules)", "self.fuse(task, input_ids))"),
+        "Examples get the modules of others: `torch.unique` sorts, so the order is not that of the batch.":
+            ("example_of.to(task", "example_of.sort().values.to(task"),
+        "You encode the instruction of every example. Encode each distinct one once.":
+            ("distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)",
+             "distinct, example_of = instruction_ids, torch.arange(len(instruction_ids))"),
+        "All examples get the modules of one instruction.": ("index_select(0, index)", "index_select(0, 0 * index)"),
+        "The mask that was given is not used.":
+            ("input_ids, attention_mask, task.modules)", "input_ids, None, task.modules)"),
+        "The input is not read, only the instruction.":
+            ("[Source(task.states, task.attention_mask), source]", "[Source(task.states, task.attention_mask)]"),
+    },
+    also=[("hint.HINT.fuse", """
+        source = self.t5.read(input_ids, attention_mask, task.modules)
+        rows = len(source.states)
+        states = torch.cat([task.states.expand(rows, -1, -1), source.states], dim=1)
+        return [Source(states, torch.cat([task.attention_mask.expand(rows, -1), source.attention_mask], dim=1))]
+    """)],
+)  # fmt: skip
+def fusion(hint):
+    """Write instruction fusion, and the training pass of a mixed-task batch.
+
+    `fuse`: `task` has modules, states and attention_mask. Encode the inputs with its modules:
+    `self.t5.read(ids, mask, modules)` makes a `Source(states, attention_mask)`. Return the list of sources that the
+    decoder reads: first the instruction's states (if there are any), then the input's.
+    `forward`: encode each distinct instruction once, by `self.encode_instruction`. Give its modules, states and mask to
+    all its examples: `map_tensors(function, task)` calls a function for every tensor of a task. Return
+    `self.t5.loss(labels, sources, modules)`.
+    """
+    model = tiny_hint(hint)
+    instructions = torch.tensor([[9, 8, 7, 1, 0], [5, 6, 7, 8, 1], [9, 8, 7, 1, 0], [5, 6, 7, 8, 1]])
+    inputs = torch.tensor([[11, 12, 13, 1], [14, 15, 1, 0], [16, 17, 18, 1], [19, 1, 0, 0]])
+    labels = torch.tensor([[21, 22, 1], [23, 1, -100], [24, 25, 1], [26, 1, -100]])
+
+    def loss_alone(row, fused=True):
+        instruction, text, answer = (ids[row][ids[row] > 0].tolist() for ids in (instructions, inputs, labels))
+        told = model.t5.read(torch.tensor([instruction]))
+        modules = model.hypernetwork(*told)
+        read = model.t5.read(torch.tensor([text]), None, modules)
+        both = [torch.cat(pair, dim=1) for pair in zip(told, read)] if fused else read
+        states = model.t5.decode(torch.tensor([[0, *answer[:-1]]]), [hint.Source(*both)], modules)
+        scores = model.t5.logits(states)[0].log_softmax(-1)
+        return -sum(scores[place, i] for place, i in enumerate(answer)), len(answer)
+
+    encoded = []
+    model.hypernetwork.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
+    for rows in ([0, 1, 2, 3], [1, 0], [2], [0, 2]):
+        losses, tokens = zip(*(loss_alone(row) for row in rows))
+        encoded.clear()
+        found = model(*(ids[rows] for ids in (instructions, inputs, labels)))
+        number = len(set(instructions[rows, 0].tolist()))
+        wanted = (sum(losses) / sum(tokens)).detach()
+        yield f"loss of {len(rows)} examples of {number} tasks", found.cross_entropy, wanted
+        yield f"instructions encoded for {len(rows)} examples of {number} tasks", sum(encoded), number
+    told = model.encode_instruction(instructions[:1, :4])
+    mask = torch.tensor([[1, 1, 0, 1], [1, 0, 1, 0]])
+    seen = [model.t5.read(inputs[:2], mask, told.modules).states, mask]
+    wanted = [torch.cat([part.expand(2, *part.shape[1:]), own], 1) for part, own in zip(told[1:], seen)]
+    rows = [[part.expand(2, *part.shape[1:]) for part in source] for source in model.fuse(told, inputs[:2], mask)]
+    found = tuple(torch.cat(parts, dim=1) for parts in zip(*rows))
+    yield "states and mask of one task and two inputs, some tokens hidden", found, copied(wanted)
+    word = model.encode_instruction(instructions[:1, :1])
+    places = sum(source.states.shape[1] for source in model.fuse(word, inputs))
+    yield "places read of an instruction of one token and inputs of four", places, 1 + 4
+    model = tiny_hint(hint, {"fusion": False})
+    losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(4)))
+    wanted = (sum(losses) / sum(tokens)).detach()
+    yield "loss of a model without fusion", model(instructions, inputs, labels).cross_entropy, wanted
+
+
+@fusion.facts
+def _(hint):
+    config = hint.T5Config(**{**BASE, "num_layers": 2, "num_decoder_layers": 2})
+    once, answers = hint.exact_flops(hint.on_meta(config, hint.HINTConfig()), 16, 64, 128, 16)
+    yield "FLOPs of 16 encodings in place of two", (16 * once + answers) / (2 * once + answers), "4.3"
+
+
+@exercise(
+    "rebuild", ["t5.Cache.before"], level=1, minutes=15, paper="HINT, section 3.3 (inference); cached decoding",
+    hint="`room[:, :, -T:]` are the last T places. Assigning to them writes into the cache itself.",
+    why="Without a cache each step reads all earlier tokens again: 64 times as many positions for an answer of 128.",
+    near={
+        "You write into the first places. New tokens belong to the last ones.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
+        "You give back the new tokens alone. The attention needs the earlier ones too.":
+            ("return KeyValue(*self)", "return new"),
+        "You give back a joined copy, and the cache itself stays empty: the next step finds zeros.":
+            ("t5.Cache.before", """
+                return KeyValue(*(torch.cat([room[:, :, : -x.shape[2]], x], dim=2) for room, x in zip(self, new)))
+            """),
+        "You put the new tokens behind the room. The room has their places already.":
+            ("t5.Cache.before", "return KeyValue(*(torch.cat([room, x], dim=2) for room, x in zip(self, new)))"),
+        "Your tokens stand one place too early.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, -x.shape[2] - 1 : -1] = x"),
+        "The values are written over the keys.":
+            ("for room, x in zip(self, new)", "for room, x in zip(self[:1] * 2, new)"),
+        "Only the keys are written.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1], new)"),
+        "Keys and values have changed places.": ("zip(self, new)", "zip(self, new[::-1])"),
+        "You add to what stands in the room. Overwrite it.": ("x.shape[2] :] = x", "x.shape[2] :] += x"),
+        "Only the last of several new tokens is written.":
+            ("room[:, :, -x.shape[2] :] = x", "room[:, :, -1] = x[:, :, -1]"),
+    },
+    also=[("t5.Cache.before", """
+        length = new.key.shape[2]
+        first = self.key.shape[2] - length
+        for place in range(length):
+            self.key[:, :, first + place] = new.key[:, :, place]
+            self.value[:, :, first + place] = new.value[:, :, place]
+        return KeyValue(self.key, self.value)
+    """)],
+)  # fmt: skip
+def cache(t5):
+    """Write the keys and values of new tokens into the cache, and return all keys and values so far.
+
+    A step of the decoder gets a cache whose last T places are for its T tokens; before them stand the prefix and all
+    earlier tokens. The tensors of the cache are parts of one large tensor: later steps must find what you have written.
+    """
+    prefix, tokens = torch.randn(2, 2, 3, 2, 5), torch.randn(2, 2, 3, 6, 5)
+    rooms = [torch.cat([part, torch.full((2, 3, 6, 5), 9.0)], dim=2) for part in prefix]
+    begin = 0
+    for end in (1, 2, 5, 6):
+        step = t5.Cache(*(room[:, :, : 2 + end] for room in rooms))
+        found = step.before(t5.KeyValue(*tokens[:, :, :, begin:end]))
+        found = (found.key, found.value)
+        wanted = tuple(torch.cat([prefix[i], tokens[i, :, :, :end]], dim=2) for i in range(2))
+        yield f"keys and values after token {end}, {end - begin} of them new", found, wanted
+        begin = end
+
+
+@cache.facts
+def _(t5):
+    length = 128
+    yield "positions read without a cache, over those with", sum(range(1, length + 1)) / length, "64"
+
+
+@exercise(
+    "rebuild", ["t5.RMSNorm.forward"], level=1, minutes=10, paper="Raffel et al., section 2.1 (layer normalization)",
+    hint="A LayerNorm subtracts the mean and adds a bias. This norm does neither.",
+    why="Taken in bf16, the length of a row of 4,096 numbers is off by up to 0.2 %.",
+    near={
+        "You subtract the mean. T5's norm does not.":
+            ("return self.weight * (x *", "return self.weight * ((x - x.mean(-1, True)) *"),
+        "Your epsilon is added to the root. It belongs under the root.":
+            ("torch.rsqrt(norm.square() / x.shape[-1] + self.epsilon)",
+             "1 / (norm / x.shape[-1] ** 0.5 + self.epsilon)"),
+        "You divide by the length of the row. Divide by its RMS: the length over sqrt(d).":
+            ("norm.square() / x.shape[-1]", "norm.square()"),
+        "You take the statistics in bf16. Take them in fp32.":
+            (", dtype=torch.promote_types(x.dtype, torch.float32)", ""),
+        "The weight is not used.": ("self.weight * (", "("),
+        "You divide the sum of squares by d - 1. Divide it by d.": ("x.shape[-1] +", "(x.shape[-1] - 1) +"),
+        "You divide by the mean square. Take its root.": ("torch.rsqrt(", "torch.reciprocal("),
+        "The type changes: the result has the type of the states.": (".type_as(x)", ".float()"),
+    },
+    also=[("t5.RMSNorm.forward", """
+        states = x.float()
+        square = (states * states).mean(dim=-1, keepdim=True)
+        return self.weight * (states / torch.sqrt(square + self.epsilon)).to(x.dtype)
+    """)],
+)  # fmt: skip
+def norm(t5):
+    """Write T5's norm: x / RMS(x) * weight, over the last axis, without mean and without bias.
+
+    RMS(x) is the root of (the mean of the squares + epsilon). Take it in fp32, whatever the type of x.
+    """
+    layer = t5.RMSNorm(6, 0.05)
+    layer.weight.data = torch.randn(6)
+    x = 1 + torch.randn(2, 3, 6)
+    x[1, 2] = 0
+    wanted = torch.zeros(2, 3, 6)
+    for row, place in itertools.product(range(2), range(3)):
+        numbers = x[row, place].tolist()
+        rms = math.sqrt(sum(number**2 for number in numbers) / 6 + 0.05)
+        wanted[row, place] = torch.tensor([number / rms for number in numbers]) * layer.weight.data
+    yield "six rows, one of them zeros", layer(x), wanted
+    long, states = t5.RMSNorm(4096, 1e-6).bfloat16(), (1.3 * torch.randn(8, 4096)).bfloat16()
+    found = long(states)
+    yield "type of normed bf16 states", found.dtype, torch.bfloat16
+    rms = states.double().square().mean(-1).sqrt()
+    yield "mean of found / x, over 4,096 bf16 numbers", (found.double() / states.double()).mean(-1), 1 / rms, 3e-4
+
+
+@norm.facts
+def _(t5):
+    x = torch.randn(64, 4096).bfloat16()
+    true = x.double().square().mean(-1)
+    error = ((x.square().mean(-1) / true).sqrt() - 1).abs().max()
+    yield "largest error of an RMS taken in bf16, percent", 100 * error, "0.2 %"
+
+
+@exercise(
+    "rebuild", ["t5.relative_position_bucket"], level=3, minutes=30, paper="Raffel et al., section 2.1 (position bias)",
+    hint="Half of the buckets are exact. The others are logarithmic: one more would begin at max_distance.",
+    why="32 numbers a head are enough for texts of any length: beyond a distance of 128 all keys share a bucket.",
+    near={
+        "Keys before and after the query have changed places.": ("(relative > 0)", "(relative < 0)"),
+        "Your decoder tells later keys apart. For the decoder they all have distance 0.":
+            ("(-relative).clamp(min=0)", "relative.abs()"),
+        "Your last exact bucket is a logarithmic one already.": ("distance < exact,", "distance < exact - 1,"),
+        "Far keys run over the last bucket. Clamp them.": (".clamp(max=num_buckets - 1)", ""),
+        "You round to the nearest bucket. Round down.": (").long())", ").round().long())"),
+        "Your logarithmic part has num_buckets buckets. It has num_buckets - exact.":
+            ("(num_buckets - exact)).long", "num_buckets).long"),
+        "Both directions share their buckets. In the encoder each direction has its half.":
+            ("(relative > 0) * num_buckets", "0"),
+        "Distance 0 is counted as a key after the query.": ("relative > 0", "relative >= 0"),
+        "All your buckets are exact: far keys are not spread by a logarithm.":
+            ("(logarithm * (num_buckets - exact)).long()", "(distance - exact)"),
+    },
+    also=[("distance < exact,", "distance <= exact,", "num_buckets //= 2", "num_buckets = num_buckets // 2")],
+)  # fmt: skip
+def buckets(t5):
+    """Give each relative position (key position - query position) the number of its bucket.
+
+    Bidirectional: the second half of the buckets is for keys after the query. Otherwise these have distance 0.
+    In each direction, of n buckets, n // 2 are exact: bucket j for distance j. Of the others, bucket number
+    n // 2 + j begins at the distance n/2 * (max_distance / (n/2)) ** (j / (n - n/2)). The last one has no end.
+    """
+    relative = range(-300, 301)
+
+    def bucket(position, both, size, furthest):
+        size = size // 2 if both else size
+        distance = abs(position) if both else max(-position, 0)
+        first, offset = size // 2, size if both and position > 0 else 0
+        if distance < first:
+            return offset + distance
+        rest = size - first  # compare whole powers, so that no rounding can err
+        begun = [j for j in range(rest) if distance**rest * first**j >= furthest**j * first**rest]
+        return offset + first + max(begun)
+
+    for both, size, furthest in ((True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 12, 50)):
+        found = t5.relative_position_bucket(torch.tensor(relative), both, size, furthest)
+        wanted = torch.tensor([bucket(position, both, size, furthest) for position in relative])
+        direction = "both directions" if both else "the past alone"
+        for part, rows in (("keys before the query", slice(0, 301)), ("keys after the query", slice(301, None))):
+            yield f"{size} buckets to {furthest}, {direction}: {part}", found[rows], wanted[rows]
+    found = t5.relative_position_bucket(torch.tensor([[-7, 3]]), True, 32, 128)
+    yield "7 places before and 3 after the query", found, torch.tensor([[7, 19]])
+
+
+@buckets.facts
+def _(t5):
+    config = t5.T5Config()
+    yield "buckets", config.relative_attention_num_buckets, "32"
+    yield "distance from which all share one", config.relative_attention_max_distance, "128"
+
+
+@exercise(
+    "rebuild", ["t5.token_loss"], level=1, minutes=15, paper="Raffel et al., section 3.1.2; the authors' z-loss",
+    hint="`logits.logsumexp(-1)` is log Z, computed so that large logits do not overflow.",
+    why="At the first step of a fresh T5, (log Z)^2 is about 119, so the z-loss adds 0.012 to a loss of 11.0.",
+    near={
+        "You take the exponential of the logits as they are, so large ones overflow. Use logsumexp.":
+            ("logits.logsumexp(-1)", "logits.exp().sum(-1).log()"),
+        "Your log Z is not squared.": ("log_z.square()", "log_z"),
+        "You compute in the type of the logits. Compute in fp32.": ("logits.float()", "logits"),
+        "You give sums. Give means over the tokens.": ("count = max(len(labels), 1)", "count = 1"),
+        "You divide by the number of logits. Divide by the number of tokens.":
+            ("max(len(labels), 1)", "max(logits.numel(), 1)"),
+        "Without a single label your loss is NaN. Divide by at least 1.": ("max(len(labels), 1)", "len(labels)"),
+        "The z-loss is missing.": ("cross_entropy + Z_LOSS * log_z.square().sum() / count", "cross_entropy"),
+        "You square the mean of log Z. Take the mean of the squares.":
+            ("log_z.square().sum() / count", "(log_z.sum() / count).square()"),
+        "Your cross-entropy holds the z-loss too. Give it without.":
+            ("cross_entropy, len(labels))", "cross_entropy + Z_LOSS * log_z.square().sum() / count, len(labels))"),
+        "Your cross-entropy lacks log Z.": ("(log_z - chosen)", "(-chosen)"),
+    },
+    also=[("t5.token_loss", """
+        logs = F.log_softmax(logits.float(), dim=-1)
+        entropy = F.nll_loss(logs, labels) if len(labels) else logs.sum()
+        log_z = (logits.float() - logs)[:, 0]
+        return Loss(entropy + (Z_LOSS * log_z**2).sum() / max(len(labels), 1), entropy, len(labels))
+    """)],
+)  # fmt: skip
+def loss(t5):
+    """Write the loss of N tokens: logits [N, V] and labels [N] -> Loss(loss, cross_entropy, tokens).
+
+    cross_entropy: the mean of log Z - (logit of the label), where Z is the sum of exp(logit) over the vocabulary.
+    loss: cross_entropy + Z_LOSS * (the mean of (log Z)^2). tokens: N. Compute in fp32; for no labels both are zero.
+    """
+    labels = torch.tensor([3, 0, 6, 2, 2])
+    logits = torch.randn(5, 7)
+    for what, given in (("small", logits), ("large", 100 * logits), ("bf16", (9 * logits).bfloat16())):
+        logs = []
+        for row in given.tolist():
+            logs.append(max(row) + math.log(sum(math.exp(number - max(row)) for number in row)))
+        wanted = sum(log - float(given[n, labels[n]]) for n, log in enumerate(logs)) / 5
+        square = sum(log**2 for log in logs) / 5
+        found = t5.token_loss(given, labels)
+        yield f"cross-entropy of {what} logits", found.cross_entropy, torch.tensor(wanted)
+        z_loss = 1e4 * (found.loss - wanted)
+        yield f"10,000 * (loss - cross-entropy) of {what} logits", z_loss, torch.tensor(square), 1e-2
+        yield "tokens", found.tokens, 5
+    found = t5.token_loss(logits[:1], labels[:1])
+    yield "cross-entropy of one label", found.cross_entropy, -logits[:1].log_softmax(1)[0, 3]
+    yield "no labels", t5.token_loss(logits[:0], labels[:0]), (torch.tensor(0.0), torch.tensor(0.0), 0)
+
+
+@loss.facts
+def _(t5):
+    model = t5.T5(t5.T5Config(num_layers=1, num_decoder_layers=1))
+    labels = torch.randint(3, 32000, (4, 16))
+    found = model.loss(labels, [model.read(torch.randint(3, 32000, (4, 16)))])
+    yield "(log Z)^2 at the first step", 1e4 * (found.loss - found.cross_entropy), "119"
+    yield "z-loss at the first step", found.loss - found.cross_entropy, "0.012"
+    yield "loss at the first step", found.loss, "11.0"
+
+
+@exercise(
+    "rebuild", ["t5.T5.log_probabilities"], level=2, minutes=20, paper="HINT, section 5.2 (rank classification)",
+    hint="`F.cross_entropy(..., reduction=\"none\")` of the target tokens, then back to [B, T], then a sum.",
+    why="A mean over tokens changes the order: -3.0 of two tokens beats -4.0 of five, but -1.5 a token loses to -0.8.",
+    near={
+        "You take the mean over tokens. The probability of an answer is a product, so its log is a sum.":
+            ("chosen).sum(1)", "chosen).sum(1) / (labels != NO_LABEL).sum(1)"),
+        "`</s>` is left out. It is a token of the answer: it says that the answer ends there.":
+            ("reduction=\"none\")", "reduction=\"none\") * (targets != EOS)"),
+        "Your sign is wrong: log-probabilities are negative.": ("-F.cross_entropy", "F.cross_entropy"),
+        "Every answer gets the mean of the batch.": ("t5.T5.log_probabilities", """
+            logits, targets = self._target_logits(labels, sources, modules)
+            return -F.cross_entropy(logits.float(), targets).expand(len(labels))
+        """),
+        "Tokens of one answer are counted for another: you deal them out in order, as if no answer had padding.":
+            ("t5.T5.log_probabilities", """
+            logits, targets = self._target_logits(labels, sources, modules)
+            chosen = -F.cross_entropy(logits.float(), targets, reduction="none")
+            return F.pad(chosen, (0, labels.numel() - len(chosen))).view(labels.shape).sum(1)
+        """),
+        "You add up logits. A log-probability is the logit less log Z.":
+            ("-F.cross_entropy(logits.float(), targets, reduction=\"none\")",
+             "logits.float().gather(1, targets[:, None])[:, 0]"),
+        "You give probabilities. Give their logarithms.": ("chosen).sum(1)", "chosen).sum(1).exp()"),
+        "You compute in the type of the model. Compute in fp32.": ("logits.float()", "logits"),
+        "The modules are not used.":
+            ("self._target_logits(labels, sources, modules)", "self._target_logits(labels, sources, None)"),
+    },
+    also=[("t5.T5.log_probabilities", """
+        logits, targets = self._target_logits(labels, sources, modules)
+        logs = torch.log_softmax(logits.float(), dim=-1)
+        totals, next_token = [], 0
+        for row in labels:
+            length = int((row != NO_LABEL).sum())
+            totals.append(sum(logs[n, targets[n]] for n in range(next_token, next_token + length)))
+            next_token += length
+        return torch.stack(totals)
+    """)],
+)  # fmt: skip
+def rank(t5):
+    """Write the log-probability [B] of each answer of `labels` [B, T], padded with -100, in fp32.
+
+    It is the sum over all tokens of the answer, `</s>` among them. `self._target_logits(labels, sources, modules)`
+    gives the logits [N, V] and the ids [N] of all N tokens of all answers, row after row, without padding.
+    """
+    model = tiny_t5(t5)
+    labels = torch.tensor([[5, 1, -100, -100], [6, 7, 8, 1], [9, 10, 1, -100]])
+    sources = [model.read(torch.tensor([[11, 12, 13], [14, 15, 0], [16, 0, 0]]))]
+    prefix = t5.KeyValue(*torch.randn(2, 1, 3, 4, 10))
+    modules = t5.Modules((), tuple(t5.LayerModules(prefix=prefix) for _ in range(3)))
+    for what, given in (("three answers", None), ("three answers, with generated modules", modules)):
+        wanted = []
+        for row, answer in enumerate(labels.tolist()):
+            answer, own = [i for i in answer if i >= 0], [t5.Source(*(part[row : row + 1] for part in sources[0]))]
+            total = 0.0
+            for place, token in enumerate(answer):
+                states = model.decode(torch.tensor([[0, *answer[:place]]]), own, given)
+                total += math.log(model.logits(states)[0, -1].softmax(-1)[token].item())
+            wanted.append(total)
+        yield f"log-probabilities of {what}", model.log_probabilities(labels, sources, given), torch.tensor(wanted)
+    model.bfloat16()
+    sources = [t5.Source(sources[0].states.bfloat16(), sources[0].attention_mask)]
+    yield "their type, of a model in bf16", model.log_probabilities(labels, sources).dtype, torch.float32
+
+
+@rank.facts
+def _():
+    yield "two tokens", 2 * -1.5, "-3.0"
+    yield "five tokens", 5 * -0.8, "-4.0"
+
+
+@exercise(
+    "rebuild", ["data.split_for_hint"], level=1, minutes=15, paper="HINT, section 3.3 (hypernetwork pretraining)",
+    hint="`draw.randint(a, b)` may give both a and b. The second point depends on the first.",
+    why="Two points drawn at once and sorted make instructions short: of 512 ids 170 on average, in place of 255.",
+    near={
+        "Your parts do not end in `</s>`.": ("[*part, EOS]", "[*part]"),
+        "Your target may be too short: three ids at least belong to it.":
+            ("second = draw.randint(first, len(ids) - 3)", "second = draw.randint(first, len(ids))"),
+        "Your instruction may be empty: it has one id at least.":
+            ("draw.randint(1, len(ids) - 3)", "draw.randint(0, len(ids) - 3)"),
+        "You draw both points from the whole range and sort them. The second is drawn from what the first has left.":
+            ("data.split_for_hint", """
+            first, second = sorted(draw.randint(1, len(ids) - 3) for _ in range(2))
+            return Ids(ids[:first] + [EOS], ids[first:second] + [EOS], ids[second:] + [EOS])
+        """),
+        "An id is lost at a point.": ("ids[second:])", "ids[second + 1:])"),
+        "Your points are always at thirds. Draw them.": ("data.split_for_hint", """
+            first, second = len(ids) // 3, 2 * len(ids) // 3
+            return Ids(ids[:first] + [EOS], ids[first:second] + [EOS], ids[second:] + [EOS])
+        """),
+        "Your input is never empty, though the second point may be the first.":
+            ("draw.randint(first, len(ids) - 3)", "draw.randint(min(first + 1, len(ids) - 3), len(ids) - 3)"),
+        "Instruction and input have changed places.":
+            ("(ids[:first], ids[first:second], ids[second:])", "(ids[first:second], ids[:first], ids[second:])"),
+        "Your last point is missing from the range: `randrange` leaves out its end, `randint` does not.":
+            ("first = draw.randint(1, len(ids) - 3)", "first = draw.randrange(1, len(ids) - 3)"),
+    },
+    also=[("data.split_for_hint", """
+        points = list(range(1, len(ids) - 2))
+        first = points[int(draw.random() * len(points))]
+        second = draw.choice([point for point in points if point >= first])
+        return Ids(instruction=ids[:first] + [EOS], input=ids[first:second] + [EOS], target=ids[second:] + [EOS])
+    """)],
+)  # fmt: skip
+def split(data):
+    """Split a segment of n ids at two random points into instruction, input and target, each ended by `</s>`.
+
+    The first point is drawn from 1 to n - 3, the second from the first point to n - 3, both ends included. All values
+    of a range are equally likely. So the input may be empty, and the target has three ids or more.
+    """
+    ids, firsts, seconds = list(range(10, 17)), [0] * 8, [0] * 8
+    draw = random.Random(0)
+    for number in range(4000):
+        parts = data.split_for_hint(list(ids), draw)
+        if number < 5:
+            yield "the three parts joined", [i for part in parts for i in part[:-1]], tuple(ids)
+            yield "the last ids of the parts", [part[-1] for part in parts], (1, 1, 1)
+        lengths = [len(part) - 1 for part in parts]
+        firsts[lengths[0]] += 1
+        seconds[lengths[0] + lengths[1]] += 1
+    firsts, seconds = torch.tensor(firsts) / 4000, torch.tensor(seconds) / 4000
+    yield "how often the first point is 0, 1, 2, ...", firsts, torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]) / 4, 0.12
+    # The second point is j if the first is i <= j, each with a probability of 1/4, and then one of 5 - i points.
+    sums = list(itertools.accumulate([1 / 16, 1 / 12, 1 / 8, 1 / 4]))
+    yield "how often the second point is 0, 1, 2, ...", seconds, torch.tensor([0, *sums, 0, 0, 0]), 0.06
+
+
+@split.facts
+def _(data):
+    draw = random.Random(0)
+    sizes = [len(data.split_for_hint([3] * 512, draw).instruction) - 1 for _ in range(100_000)]
+    yield "mean length of an instruction", sum(sizes) / len(sizes), "255"
+    smaller = [min(draw.randint(1, 509), draw.randint(1, 509)) for _ in range(100_000)]
+    yield "mean of the smaller of two points", sum(smaller) / len(smaller), "170"
+
+
+@exercise(
+    "rebuild", ["data.exact_match", "data.rouge_l", "data.score"], level=2, minutes=30, paper="HINT, table 1 (metrics)",
+    hint="A table of (len(a) + 1) x (len(b) + 1) numbers gives the longest common subsequence of a and b.",
+    why="'the red cat sat' and 'the cat sat down' share 'the cat sat': 3 of the 4 words of each, a ROUGE-L of 75.",
+    near={
+        "You stem words of three letters. Only longer ones are stemmed.":
+            ("_stem(word) if len(word) > 3 else word for", "_stem(word) for"),
+        "You do not stem: 'walking' and 'walked' are one word.":
+            ("_stem(word) if len(word) > 3 else word for", "word for"),
+        "Your ROUGE-L minds capital letters.":
+            ('re.findall("[a-z0-9]+", text.lower())', 're.findall("[A-Za-z0-9]+", text)'),
+        "You keep accented letters. Words are of a-z and 0-9 alone.": ('"[a-z0-9]+"', r'r"\w+"'),
+        "You give the recall alone. ROUGE-L is the F1.":
+            ("return 2 * precision * recall / (precision + recall)", "return recall"),
+        "You give the precision alone. ROUGE-L is the F1.":
+            ("return 2 * precision * recall / (precision + recall)", "return precision"),
+        "You count common words in any order. A subsequence keeps the order.":
+            ("len(predicted) - row.bit_count()", "sum((Counter(predicted) & Counter(expected)).values())"),
+        "You average over references. Take the best one.":
+            ("best = [max(metric(text, wanted) for wanted in several)",
+             "best = [math.fsum(metric(text, wanted) for wanted in several) / len(several)"),
+        "You use one reference alone. An example may have several.":
+            ("best = [max(metric(text, wanted) for wanted in several)", "best = [metric(text, several[0])"),
+        "Your scores run from 0 to 1. Give percent.": ("100 * math.fsum", "math.fsum"),
+        "Your exact match minds capital letters.": ("text.lower().translate", "text.translate"),
+        "Your exact match minds punctuation.": ('.translate(str.maketrans("", "", string.punctuation))', ""),
+        "Your exact match minds runs of spaces.":
+            ("texts[0].split() == texts[1].split()", "texts[0].strip() == texts[1].strip()"),
+    },
+    also=[("data.rouge_l", """
+        one, two = ([_stem(w) if len(w) > 3 else w for w in re.findall("[a-z0-9]+", text.lower())]
+                    for text in (prediction, reference))
+        table = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
+        for i, first in enumerate(one):
+            for j, second in enumerate(two):
+                table[i + 1][j + 1] = table[i][j] + 1 if first == second else max(table[i][j + 1], table[i + 1][j])
+        return 2 * table[-1][-1] / max(len(one) + len(two), 1)
+    """)],
+)  # fmt: skip
+def scoring(data):
+    """Write the two metrics of Super-NaturalInstructions, and their means over examples.
+
+    `exact_match`: equal but for capital letters, ASCII punctuation and runs of spaces.
+    `rouge_l`: lower case; words are runs of a-z and 0-9; words of more than three letters are stemmed by `_stem`. Of
+    the longest common subsequence, precision (of the prediction) and recall (of the reference); their F1, from 0 to 1.
+    `score`: {"exact_match": ..., "rougeL": ...} in percent; of several references the best, the mean over examples.
+    No predictions, or fewer or more than lists of references, are a ValueError.
+    """
+    for one, two, wanted in (
+        ("Paris.", " paris", True), ("new  york", "New York!", True), ("york new", "new york", False),
+        ("", "...", True), ("(a) b", "a b", True), ("ab", "a b", False),
+    ):  # fmt: skip
+        yield f"exact_match({one!r}, {two!r})", data.exact_match(one, two), wanted
+    for one, two, wanted in (
+        ("The red cat sat", "the cat sat down", 3 / 4), ("walking", "he walked", 2 / 3), ("his", "hi", 0.0),
+        ("a b c d e", "c", 1 / 3), ("cats", "cat", 1.0), ("", "word", 0.0),
+        ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
+        ("Word word", "word", 2 / 3), ("p q a b c", "a x b x c p q", 1 / 2),
+    ):  # fmt: skip
+        yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
+    draw = random.Random(0)
+    for number in range(6):
+        one, two = ([draw.choice("abcd") for _ in range(draw.randint(3, 9))] for _ in range(2))
+        table = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
+        for i, j in itertools.product(range(len(one)), range(len(two))):
+            longer = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if one[i] == two[j] else longer
+        wanted = 2 * table[-1][-1] / (len(one) + len(two))
+        yield f"rouge_l of random words, {number}", data.rouge_l(" ".join(one), " ".join(two)), wanted
+    found = data.score(["the cat", "a b c d", "x"], [["a dog", "The cat!"], ["b d", "a c d e"], ["y"]])
+    yield "names of the scores", sorted(found), ("exact_match", "rougeL")
+    yield "exact match of three examples", found["exact_match"], 100 / 3
+    yield "ROUGE-L of three examples", found["rougeL"], 100 * (1 + 3 / 4 + 0) / 3
+    for predictions, references in ((["a", "b"], [["a"]]), ([], [])):
+        try:
+            found = data.score(predictions, references)
+        except ValueError:
+            found = "ValueError"
+        yield f"score of {len(predictions)} predictions and {len(references)} references", found, "ValueError"
+
+
+@scoring.facts
+def _(data):
+    yield "ROUGE-L of the two sentences", 100 * data.rouge_l("the red cat sat", "the cat sat down"), "75"
+
+
+@exercise(
+    "rebuild", ["train.accumulate_gradient"], level=2, minutes=30, paper="HINT, section 3.3 (training)",
+    hint="The denominator, all target tokens of the batch, is known before the first part is read.",
+    why="The mean of the parts' means is off by 1.1 times the norm of the right gradient, at 20 tokens a part.",
+    near={
+        "You take the mean of the parts' means. Weight each part by its target tokens.":
+            ("share = counts * out.tokens / tokens", "share = counts / len(parts)"),
+        "You weight a part by its examples. Weight it by its target tokens.":
+            ("share = counts * out.tokens / tokens", "share = counts * len(batch.labels) / len(examples)"),
+        "Each part counts fully, so more parts give a larger gradient.":
+            ("share = counts * out.tokens / tokens", "share = counts"),
+        "The z-loss is left out: train on `loss`, report `cross_entropy`.":
+            ("(out.loss * share", "(out.cross_entropy * share"),
+        "You report the loss with its z-loss. Report the cross-entropy.":
+            ("out.cross_entropy.detach()", "out.loss.detach()"),
+        "Your denominator counts the input's tokens too.":
+            ("sum(len(example.target) for", "sum(len(example.target) + len(example.input) for"),
+        "You report the last part alone.": ("total = total + out", "total = 0.0 + out"),
+        "The gradient of a part replaces that of the parts before.":
+            ("with precision():", "model.zero_grad()\n            with precision():"),
+        "You skip a part.": ("range(0, len(parts), world())", "range(0, max(len(parts) - 1, 1), world())"),
+        "The whole batch goes through the model at once.":
+            ("microbatches(examples, microbatch, price)", "microbatches(examples, 10**9, price)"),
+    },
+    also=[("train.accumulate_gradient", """
+        total, tokens = 0.0, sum(len(example.target) for example in examples)
+        for part in microbatches(examples, microbatch, price):
+            with precision():
+                out = model(*collate(part))
+            weight = sum(len(example.target) for example in part) / tokens
+            (weight * out.loss).backward()
+            total += weight * out.cross_entropy.item()
+        return total
+    """)],
+)  # fmt: skip
+def whole_batch(train, hint):
+    """Accumulate the gradient of the mean loss of a whole batch, and return its mean cross-entropy as a number.
+
+    `microbatches(examples, microbatch, price)` divides the batch into parts; `collate` pads a part. Within
+    `with precision():`, `model(*batch)` gives loss, cross_entropy (means over a part's target tokens) and tokens.
+    Call `backward()` for each part. Write it for one process: leave out `rank`, `world` and `dist`.
+    """
+    examples, model = example_ids(train), tiny_hint(hint, num_layers=1, num_decoder_layers=1)
+    outs = [model(*train.collate([example])) for example in examples]
+    tokens = sum(out.tokens for out in outs)
+    sum(out.loss * out.tokens for out in outs).div(tokens).backward()
+    wanted = gradient_of(model)
+    entropy = sum(out.cross_entropy.item() * out.tokens for out in outs) / tokens
+    passes = []
+    model.register_forward_hook(lambda module, arguments, out: passes.append(len(arguments[2])))
+    for size in (1000, 30):
+        model.zero_grad()
+        passes.clear()
+        found = train.accumulate_gradient(model, examples, size, 0, train.nullcontext)
+        yield f"mean cross-entropy, {size} tokens at once", found, entropy
+        yield f"gradient, {size} tokens at once", gradient_of(model), wanted
+        yield f"parts, {size} tokens at once", len(passes), len(train.microbatches(examples, size, 0))
+
+
+@whole_batch.facts
+def _(train, hint):
+    examples, gradients = example_ids(train), []
+    model = tiny_hint(hint, num_layers=1, num_decoder_layers=1)
+    parts = train.microbatches(examples, 20, 0)
+    for mean_of_means in (False, True):
+        model.zero_grad()
+        for part in parts:
+            out = model(*train.collate(part))
+            share = 1 / len(parts) if mean_of_means else out.tokens / sum(len(example.target) for example in examples)
+            (out.loss * share).backward()
+        gradients.append(gradient_of(model))
+    yield "error of the mean of means", (gradients[1] - gradients[0]).norm() / gradients[0].norm(), "1.1"
+
+
+def example_ids(train):
+    """Make eight examples of three instructions, with targets of 1 to 9 tokens."""
+    draw = random.Random(0)
+    sizes = [(number % 3, draw.randint(2, 6), (1, 9, 2, 5, 1, 8)[number % 6]) for number in range(8)]
+    return [train.Ids([20 + task, 30, 1], [draw.randint(3, 52) for _ in range(size)],
+                      [draw.randint(3, 52) for _ in range(target)]) for task, size, target in sizes]  # fmt: skip
+
+
+def gradient_of(model):
+    """Join the gradients of all weights of a model."""
+    return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+@exercise(
+    "rebuild", ["hypernet.StackHypernetwork.adapters"], level=3, minutes=30,
+    paper="Karimi Mahabadi et al. (2021), section 3",
+    hint="z [B, L, t] comes first: one for each example and layer. Then one linear layer for each part of an adapter.",
+    why="Hyperformer++ adds 0.29 % of T5 base's parameters for each of eight tasks, as its abstract says.",
+    near={
+        "All layers get the adapter of the first one.":
+            ("self.layers.expand(batch, -1, -1)", "self.layers[:1].expand(batch, layers, -1)"),
+        "Your linear layers are those of the other place.":
+            ("self.heads[place % len(self.heads)]", "self.heads[(place + 1) % len(self.heads)]"),
+        "Both places use the first set of linear layers. Only Hyperformer++ shares it.":
+            ("self.heads[place % len(self.heads)]", "self.heads[0]"),
+        "Both places have the embedding of the first one.": ("self.places[place]", "self.places[0]"),
+        "Task and layer have changed places in what you join: [task; layer; place].":
+            ("read = [task.unsqueeze(1).expand(-1, layers, -1), self.layers.expand(batch, -1, -1)]",
+             "read = [self.layers.expand(batch, -1, -1), task.unsqueeze(1).expand(-1, layers, -1)]"),
+        "The place comes first in what you join: [task; layer; place].":
+            ("torch.cat(read, dim=-1)", "torch.cat(read[2:] + read[:2], dim=-1)"),
+        "Scale and shift of the norm have changed places.":
+            ("SerialAdapter(*layer)", "SerialAdapter(*layer[:4], layer[5], layer[4])"),
+        "Your matrices are filled column by column. Fill them row by row.":
+            ("unflatten(-1, shape)", "unflatten(-1, shape[::-1]).mT"),
+        "All examples get the adapters of the first task.":
+            ("task.unsqueeze(1).expand(-1, layers, -1)", "task[:1].unsqueeze(1).expand(batch, layers, -1)"),
+        "The adapters of the layers come in the opposite order.": ("zip(*parts)]", "zip(*parts)][::-1]"),
+    },
+    also=[("hypernet.StackHypernetwork.adapters", """
+        adapters = []
+        for layer in self.layers:
+            read = [task, layer.expand(len(task), -1)]
+            if self.places is not None:
+                read.append(self.places[place].expand(len(task), -1))
+            z = self.join(torch.cat(read, dim=1))
+            heads = self.heads[place] if self.places is None else self.heads[0]
+            adapters.append(SerialAdapter(*(h(z).view(-1, *s) for h, s in zip(heads, self.shapes))))
+        return adapters
+    """)],
+)  # fmt: skip
+def hyperformer(hypernet):
+    """Generate the serial adapters of one place (0: after attention, 1: after feed-forward), one for each layer.
+
+    z = `self.join`([task; layer embedding; place embedding]); `self.places` is None in the plain form, whose z knows
+    nothing of the place. A set of linear layers, one for each part of an adapter, turns z into parts of the shapes
+    `self.shapes`: `self.heads[place]`, or `self.heads[0]` for both places where these share it (Hyperformer++).
+    """
+    task = torch.randn(2, hypernet.TASK)
+    for shares in (False, True):
+        stack = hypernet.StackHypernetwork(6, 4, 3, shares)
+        for head in stack.heads.modules():
+            if isinstance(head, torch.nn.Linear):
+                torch.nn.init.normal_(head.bias)
+        for place in (0, 1):
+            adapters = stack.adapters(task, place)
+            yield "number of adapters", len(adapters), 3
+            for layer in range(3):
+                rows = [[*row, *stack.layers[layer].tolist()] for row in task.tolist()]
+                rows = [[*row, *stack.places[place].tolist()] for row in rows] if shares else rows
+                z, wanted = stack.join(torch.tensor(rows)), []
+                for head, (height, width) in zip(stack.heads[0 if shares else place], stack.shapes):
+                    flat, part = z @ head.weight.T + head.bias, torch.zeros(2, height, width)
+                    for i, j in itertools.product(range(height), range(width)):
+                        part[:, i, j] = flat[:, width * i + j]
+                    wanted.append(part)
+                form = "Hyperformer++" if shares else "Hyperformer"
+                yield f"{form}: place {place}, layer {layer}", adapters[layer], copied(wanted)
+
+
+@hyperformer.facts
+def _(hint):
+    config = hint.T5Config(**{**BASE, "d_ff": 3072}, feed_forward_proj="relu", tie_word_embeddings=True)  # v1.0
+    about = hint.HINTConfig(bottleneck=24, generator="hyperformer++", hyperencoder="table", tasks=8, fusion=False)
+    model = hint.on_meta(config, about)
+    size, added = (sum(p.numel() for p in part.parameters()) for part in (model.t5, model.hypernetwork))
+    yield "parameters for each of eight tasks, percent of T5", 100 * added / size / 8, "0.29 %"
