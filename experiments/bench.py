@@ -195,18 +195,16 @@ def groups(given: argparse.Namespace) -> Iterator[dict[str, str]]:
     formats = {"hint": data.HINTFormat(tokenizer), "tk-instruct": data.TkInstructFormat(tokenizer)}
     t5 = T5(SIZES[given.size])
     models = {"hint": HINT(t5, HINTConfig()).train(), "tk-instruct": PlainT5(t5).train()}
+    prices = {name: price_in_tokens(model) for name, model in models.items()}
     for group in (1, 2, 4, 8):
-        chosen = random.Random(0).sample(tasks, 32 // group)  # of two batches
-
-        def step(name: str) -> None:
+        runners = []
+        for name, model in models.items():
+            chosen = random.Random(0).sample(tasks, 16 // group)
             examples = data.encode_tasks(chosen, formats[name], 256, seed=0)
-            price = price_in_tokens(models[name])
-            for batch in range(2):
-                part = [examples[task * 8 + i] for task in range(batch, len(chosen), 2) for i in range(group)]
-                accumulate_gradient(models[name], part, 4096, price, nullcontext)
-
-        a, b = race(*(partial(step, name) for name in models), rounds=1)
-        line = {"group": f"{group}", "hint (s)": f"{a / 32:.2f}", "tk-instruct (s)": f"{b / 32:.2f}"}
+            batch = [examples[8 * task + place] for task in range(len(chosen)) for place in range(group)]
+            runners.append(partial(accumulate_gradient, model, batch, 4096, prices[name], nullcontext))
+        a, b = race(*runners, rounds=1)
+        line = {"group": f"{group}", "hint (s)": f"{a / 16:.2f}", "tk-instruct (s)": f"{b / 16:.2f}"}
         yield {**line, "hint / tk-instruct": f"{a / b:.2f}"}
 
 
