@@ -327,7 +327,7 @@ def last_loss(runs, name):
             ("weights[\"adapter_down_bias\"][layer], up, weights[\"adapter_up_bias\"][layer]",
              "weights[\"adapter_up_bias\"][layer], up, weights[\"adapter_down_bias\"][layer]"),
         "The self-attention gets the prefix of the cross-attention. The first number is that of the self-attention.":
-            ("own, cross = prefixes[:1], prefixes[1:]", "own, cross = prefixes[-1:], prefixes[:-1]"),
+            ("prefixes[0] if", "prefixes[-1] if", "tuple(prefixes[1:])", "tuple(prefixes[:-1])"),
         "Keys and values of the prefix have changed places.":
             ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
              "weights[\"prefix_value\"][slot], weights[\"prefix_key\"][slot]"),
@@ -337,7 +337,7 @@ def last_loss(runs, name):
         "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.": (" * self.lora_scale", ""),
         "LoRA of queries and of values have changed places.":
             ("LoRA(query_down, query_up, value_down, value_up)", "LoRA(value_down, value_up, query_down, query_up)"),
-        "There is no cross-prefix.": ("tuple(cross)", "()"),
+        "There is no cross-prefix.": ("tuple(prefixes[1:])", "()"),
     },
     also=[("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "torch.stack(part.chunk(self.heads, -1), dim=1)",
            "[layer].mT, weights", "[layer].transpose(1, 2), weights")],
