@@ -30,17 +30,13 @@ PATHS = dict(path.split(":") for path in (HERE / "paths.txt").read_text("utf-8")
 
 def show(exercises: list[Exercise]) -> None:
     """List exercises: done or not, kind, level, minutes, and the paper's section."""
-    left = [exercise.minutes for exercise in exercises if not done(exercise).exists()]
+    done = {path.stem for path in MINE.glob("*.done")}
     for exercise in exercises:
-        mark = "x" if done(exercise).exists() else " "
+        mark = "x" if exercise.name in done else " "
         about = f"{exercise.kind:8} level {exercise.level}  {exercise.minutes:3} min  {exercise.paper}"
         print(f"  [{mark}] {exercise.name:28} {about}")
+    left = [exercise.minutes for exercise in exercises if exercise.name not in done]
     print(f"\n{len(left)} of {len(exercises)} exercises to do, about {sum(left)} minutes: python exercises start NAME")
-
-
-def done(exercise: Exercise) -> Path:
-    """File that is there once an exercise has passed a check."""
-    return MINE / f"{exercise.name}.done"
 
 
 def own_file(exercise: Exercise) -> Path:
@@ -88,7 +84,7 @@ def check(exercise: Exercise) -> None:
     print(text or "All results are as wanted.")
     if not right:
         sys.exit(1)
-    done(exercise).touch()
+    (MINE / f"{exercise.name}.done").touch()
     print(f"\n{exercise.name}: right. {exercise.why}")
 
 

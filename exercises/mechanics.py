@@ -153,7 +153,7 @@ def working_file(exercise: Exercise) -> str:
     commands = f"python exercises check {name}\npython exercises hint {name}"
     parts = [f'"""{about}\n\n{exercise.task}\n\n{commands}\n"""\n\n']
     comment = "  # for your editor; the check puts your functions into the project's own modules\n"
-    parts += [f"from {module} import *{comment}" for module in dict.fromkeys(name.split(".")[0] for name in functions)]
+    parts += [f"from {module} import *{comment}" for module in dict.fromkeys(path.split(".")[0] for path in functions)]
     for question, text in exercise.questions.items():
         parts.append(textwrap.indent(textwrap.fill(text, 117), "# ") + f"\n{question} = None\n\n")
     for target, text in functions.items():
@@ -161,7 +161,8 @@ def working_file(exercise: Exercise) -> str:
         if owner and owner[0] not in classes:  # the head of its class: docstring and fields
             node = locate(source(module), owner[0])
             first = next(item for item in node.body if isinstance(item, ast.FunctionDef))
-            parts += ["\n\n", *source(module).splitlines(keepends=True)[span(node).start : span(first).start]]
+            head = "\n".join(source(module).split("\n")[span(node).start : span(first).start])
+            parts.append(f"\n\n{head.rstrip()}\n")
             classes.add(owner[0])
         parts.append(f"\n{text}\n" if owner else f"\n\n{text}\n")
     return "".join(parts)
