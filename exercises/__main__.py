@@ -20,56 +20,36 @@ import tempfile
 from pathlib import Path
 
 from mechanics import (
-    HERE, MINE, ROOT, YOUR_TURN, Attempt, Exercise, NotYet, all_exercises, edited, judge, load, locate, own_functions,
-    read_attempt, source, span, working_file,
+    HERE, MINE, ROOT, Exercise, NotYet, all_exercises, edited, judge, load, locate, own_functions, read_attempt, source,
+    span, working_file,
 )  # fmt: skip
 
 LIMIT = 60  # seconds for a check
-RIGHT = 42  # exit status of a check that passed; 0 may come from the student's own code
-PATHS = {
-    "half-day": "no-instruction attention prefix adapter hide-padding hand-over fusion another-task-in-each-batch cost",
-    "day": "teacher-forcing heads norm unscaled attention hide-padding first-loss cache adapter prefix hand-over"
-    " columns columns-not-matrices fusion another-task-in-each-batch cost no-instruction fusion-or-modules",
-    "two-days": "teacher-forcing heads norm unscaled attention hide-padding first-loss cache buckets spread loss"
-    " hide-the-future drifting-answers rank two-answers adapter prefix hand-over columns columns-not-matrices fusion"
-    " another-task-in-each-batch cost no-instruction fusion-or-modules split whole-batch twice-and-never scoring"
-    " still-learns hyperformer padded-tokens unfinished kept examples-that-matter",
-}
+PATHS = dict(path.split(":") for path in (HERE / "paths.txt").read_text("utf-8").split("\n\n"))
 
 
 def show(exercises: list[Exercise]) -> None:
-    """List exercises: done or not, level, minutes, and the paper's section."""
-    done, kind = done_before(), None
+    """List exercises: done or not, kind, level, minutes, and the paper's section."""
+    done = {path.stem for path in MINE.glob("*.done")}
     for exercise in exercises:
-        if exercise.kind != kind:
-            kind = exercise.kind
-            print(f"\n{kind}")
         mark = "x" if exercise.name in done else " "
-        print(f"  [{mark}] {exercise.name:28} level {exercise.level}  {exercise.minutes:3} min  {exercise.paper}")
+        about = f"{exercise.kind:8} level {exercise.level}  {exercise.minutes:3} min  {exercise.paper}"
+        print(f"  [{mark}] {exercise.name:28} {about}")
     left = [exercise.minutes for exercise in exercises if exercise.name not in done]
     print(f"\n{len(left)} of {len(exercises)} exercises to do, about {sum(left)} minutes: python exercises start NAME")
 
 
-def done_before() -> list[str]:
-    """Names of the exercises that have passed a check."""
-    return json.loads((MINE / "done.json").read_text("utf-8")) if (MINE / "done.json").is_file() else []
-
-
 def own_file(exercise: Exercise) -> Path:
-    """Path of the student's file of an exercise."""
-    return MINE / f"{exercise.name}.py"
-
-
-def text_of(exercise: Exercise) -> str:
-    """Read the student's file of an exercise; without one, say how to begin."""
-    if not own_file(exercise).is_file():
-        sys.exit(f"There is no {own_file(exercise)} yet: python exercises start {exercise.name}")
-    return own_file(exercise).read_text("utf-8-sig", "replace")
+    """Path of the student's file of an exercise; without one, say how to begin."""
+    path = MINE / f"{exercise.name}.py"
+    if not path.is_file():
+        sys.exit(f"There is no {path} yet: python exercises start {exercise.name}")
+    return path
 
 
 def start(exercise: Exercise) -> None:
     """Write the file of an exercise; never overwrite one."""
-    path = own_file(exercise)
+    path = MINE / f"{exercise.name}.py"
     if path.exists():
         sys.exit(f"{path} is there already. To begin anew, rename or remove that file.")
     MINE.mkdir(exist_ok=True)
@@ -77,36 +57,34 @@ def start(exercise: Exercise) -> None:
     print(f"{exercise.task}\n\nYour file: {path}\nThen: python exercises check {exercise.name}")
 
 
-def check(exercise: Exercise, path: Path, limit: float = LIMIT) -> tuple[bool, str]:
+def judged(exercise: Exercise, path: Path, limit: float = LIMIT) -> tuple[bool, str]:
     """Check a file in a process of its own -> whether it passes, and what to tell its author."""
     with tempfile.TemporaryDirectory() as folder:
-        verdict = Path(folder, "verdict.json")
+        verdict = Path(folder, "verdict.json")  # no exit status: that may come from the student's own code
         command = [sys.executable, str(HERE), "judge", exercise.name, str(path.resolve()), str(verdict)]
-        silent = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
             status = subprocess.run(command, timeout=limit, **silent).returncode
         except subprocess.TimeoutExpired:
             return False, f"No result after {limit:g} seconds. Does a loop in your code never end?"
         if not verdict.is_file():
             return False, f"Your code ended the whole program (status {status}) before the check was over."
-        return status == RIGHT, "\n".join(json.loads(verdict.read_text("utf-8")))
+        return tuple(json.loads(verdict.read_text("utf-8")))
 
 
 def judge_and_exit(exercise: Exercise, path: str, verdict: str) -> None:
-    """Check a file in this process: write the sentences, and leave the verdict as exit status."""
-    right, lines = judge(exercise, Path(path).read_text("utf-8-sig", "replace"))
-    Path(verdict).write_text(json.dumps(lines), "utf-8")
-    os._exit(RIGHT if right else 1)  # nothing that the student's code has registered runs at the end
+    """Check a file in this process, and write the verdict."""
+    Path(verdict).write_text(json.dumps(judge(exercise, Path(path).read_text("utf-8-sig", "replace"))), "utf-8")
+    os._exit(0)  # nothing that the student's code has registered runs at the end
 
 
-def show_check(exercise: Exercise) -> None:
+def check(exercise: Exercise) -> None:
     """Check a student's file, print the verdict, and keep a right one in mind."""
-    text_of(exercise)
-    right, text = check(exercise, own_file(exercise))
+    right, text = judged(exercise, own_file(exercise))
     print(text or "All results are as wanted.")
     if not right:
         sys.exit(1)
-    (MINE / "done.json").write_text(json.dumps(sorted({*done_before(), exercise.name})), "utf-8")
+    (MINE / f"{exercise.name}.done").touch()
     print(f"\n{exercise.name}: right. {exercise.why}")
 
 
@@ -122,29 +100,24 @@ def run(exercise: Exercise, which: str = "", steps: str = "400") -> None:
     """Train the demo with the project's own function, the student's, or a near miss in its place."""
     near = {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
     if which in near:
-        attempt = Attempt(edited(exercise, near[which][1]))
+        attempt = edited(exercise, near[which][1])
     elif which == "mine":
-        attempt = read_attempt(exercise, text_of(exercise))
+        attempt = read_attempt(exercise, own_file(exercise).read_text("utf-8-sig", "replace"))
     elif which == "own":
-        attempt = Attempt({})
+        attempt = {}
     else:
         sys.exit("\n".join(f"{number:>3}  {sentence}" for number, (sentence, _) in near.items())
                  + f"\n\npython exercises run {exercise.name} own|mine|NUMBER [STEPS]")  # fmt: skip
     out = ROOT / "runs" / "exercises" / f"{exercise.name}-{which}-{steps}"
-    if out.exists() or any(YOUR_TURN in text for text in attempt.functions.values()):
-        sys.exit(f"{out} is there already." if out.exists() else f"{own_file(exercise)} still has to be written.")
+    if out.exists():
+        sys.exit(f"{out} is there already.")
     train = load(["train"], attempt)["train"]
     train.DEFAULTS["demo"]["steps"] = int(steps)  # the demo has no option for it
     train.main(["demo", "--out", str(out)])
 
 
-def hint(exercise: Exercise) -> None:
-    """Print the hint."""
-    print(exercise.hint)
-
-
-COMMANDS = {"start": start, "check": show_check, "hint": hint, "solution": solution, "run": run}
-COMMANDS["judge"] = judge_and_exit  # of the process that `check` starts
+COMMANDS = {"start": start, "check": check, "judge": judge_and_exit, "solution": solution, "run": run}
+COMMANDS["hint"] = lambda exercise: print(exercise.hint)
 
 
 def main(command: str = "list", *words: str) -> None:
@@ -154,19 +127,20 @@ def main(command: str = "list", *words: str) -> None:
     if command == "list":
         show(list(exercises.values()))
     elif command == "path" and words and words[0] in PATHS:
-        show([exercises[name] for name in PATHS[words[0]].split() if name in exercises])
+        show([exercises[name] for name in PATHS[words[0]].split()])
     elif command == "audit":
         from audit import audit_all
 
-        chosen = [exercises[word] for word in words if word in exercises]
-        sys.exit(audit_all(chosen or list(exercises.values()), "--mutants" in words))
-    elif command in COMMANDS and words and words[0] in exercises:
+        sys.exit(audit_all(words))
+    elif command not in COMMANDS:
+        sys.exit(__doc__)
+    elif not words or words[0] not in exercises:
+        sys.exit(f"{command}: name an exercise of the list: python exercises")
+    else:
         try:
             COMMANDS[command](exercises[words[0]], *words[1:])
         except NotYet as error:
             sys.exit(str(error))
-    else:
-        sys.exit(__doc__ if command not in COMMANDS else f"{command}: name an exercise of the list: python exercises")
 
 
 if __name__ == "__main__":

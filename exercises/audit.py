@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Iterator
 
 from mechanics import (
-    HERE, Attempt, Exercise, alike, edited, judge, judge_answer, observe, own_functions, read_attempt,
-    refuse_unless_puzzle, stream, working_file,
+    HERE, HELPERS, Exercise, all_exercises, alike, edited, judge, judge_answer, observe, own_functions, put_back,
+    read_attempt, stream, working_file,
 )  # fmt: skip
 
 RECORDED = HERE / "recorded"  # results of runs, for the audit of ablations
@@ -29,7 +29,6 @@ MUTANTS = 30  # for each target
 class Audit:
     """What the audit of one exercise found."""
 
-    exercise: Exercise
     problems: list[str] = field(default_factory=list)
     caught: int = 0
     told_apart: int = 0
@@ -38,7 +37,7 @@ class Audit:
 
 def audit(exercise: Exercise) -> Audit:
     """Prove one exercise: right answers pass, every near miss is caught by a value and gets its own sentence."""
-    result, began = Audit(exercise), time.perf_counter()
+    result, began = Audit(), time.perf_counter()
     if len(exercise.near_misses) < 3:
         result.problems.append("fewer than three near misses")
     if exercise.kind in ("rebuild", "puzzle") and not exercise.also:
@@ -62,35 +61,35 @@ def audit_functions(exercise: Exercise, result: Audit) -> None:
     ways = [("the project's own functions", own)]
     ways += [(f"right way {number}", edited(exercise, edit)) for number, edit in enumerate(exercise.also, start=1)]
     for name, functions in ways:
-        attempt = read_attempt(exercise, working_file(exercise, functions))
-        if attempt.functions != functions:
+        text = working_file(exercise)
+        for target, function in functions.items():
+            text = put_back(text, target.partition(".")[2], function)
+        attempt = read_attempt(exercise, text)
+        if attempt != {**functions, HELPERS: ""}:
             result.problems.append(f"{name}: not the same text after the working file")
-        if exercise.kind == "puzzle":
-            refuse_unless_puzzle(exercise, attempt)
         outcome = observe(exercise, attempt)
         if not outcome.passed:
             result.problems.append(f"{name}: refused ({outcome.error!r:.200} {outcome.wrong!r:.200})")
     outcomes = []
     for sentence, edit in exercise.near_misses:
         try:
-            outcomes.append((sentence, observe(exercise, Attempt(edited(exercise, edit)))))
+            outcomes.append((sentence, observe(exercise, edited(exercise, edit))))
         except ValueError as error:
             result.problems.append(str(error))
     for sentence, outcome in outcomes:
         others = {other for other, seen in outcomes if other != sentence and alike(outcome, seen)}
-        by_value = outcome.wrong is not None or sentence in exercise.raises and outcome.error is not None
-        if not by_value:
-            kind = f"only by {outcome.error!r:.150}" if outcome.error else "not at all"
-            result.problems.append(f"caught {kind}: {sentence}")
+        caught = outcome.wrong is not None  # by a value, not only by an exception
+        if not caught:
+            result.problems.append(f"not caught by a value ({outcome.error!r:.150}): {sentence}")
         if others:
             result.problems.append(f"not told apart: {sentence} AND {' AND '.join(others)}")
-        result.caught += by_value
-        result.told_apart += by_value and not others
+        result.caught += caught
+        result.told_apart += caught and not others
 
 
 def audit_answers(exercise: Exercise, result: Audit) -> None:
     """Hold the recorded truths against their tolerances, and every wrong answer against its sentence."""
-    truths = {name: (truth, tolerance) for name, truth, tolerance in stream(exercise.cases, Attempt({}), RECORDED)}
+    truths = {name: (truth, tolerance) for name, truth, tolerance in stream(exercise.cases, {}, RECORDED)}
     if truths.keys() != exercise.questions.keys():
         result.problems.append(f"questions {list(exercise.questions)}, but truths of {list(truths)}")
     for name, (truth, tolerance) in truths.items():
@@ -112,7 +111,7 @@ def stale_numbers(exercise: Exercise) -> list[str]:
         return []
     texts = " ".join([exercise.task, exercise.hint, exercise.why, *exercise.near, *exercise.questions.values()])
     problems = []
-    for what, value, stated in stream(exercise.numbers, Attempt({}), RECORDED):
+    for what, value, stated in stream(exercise.numbers, {}, RECORDED):
         digits = re.search(r"-?\d[\d,]*(\.\d+)?", stated).group().replace(",", "")
         unit = 10.0 ** -len(digits.partition(".")[2])
         if stated not in texts:
@@ -122,9 +121,10 @@ def stale_numbers(exercise: Exercise) -> list[str]:
     return problems
 
 
-def audit_all(exercises: list[Exercise], mutants: bool) -> int:
-    """Audit exercises, print what was found, and return the number of problems."""
-    results = []
+def audit_all(words: tuple[str, ...]) -> int:
+    """Audit the exercises that are named, or all, print what was found, and return the number of problems."""
+    registry, results = all_exercises(), []
+    exercises = [registry[word] for word in words if word in registry] or list(registry.values())
     for exercise in exercises:
         result = audit(exercise)
         caught = f"{result.caught}/{len(exercise.near_misses)} caught"
@@ -136,7 +136,7 @@ def audit_all(exercises: list[Exercise], mutants: bool) -> int:
     print(f"{len(exercises)} exercises, {near} near misses, {caught} caught, {told} told apart, "
           f"{sum(len(exercise.also) for exercise in exercises)} other right ways, "
           f"{sum(result.seconds for result in results):.0f} s")  # fmt: skip
-    if mutants:
+    if "--mutants" in words:
         audit_mutants([exercise for exercise in exercises if exercise.targets])
     return sum(len(result.problems) for result in results)
 
@@ -231,7 +231,7 @@ def try_mutants(exercise: Exercise, first: int, report: Path) -> None:
     with open(report, "a", encoding="utf-8") as file:
         for about, functions in mutants(exercise)[first:]:
             faulthandler.dump_traceback_later(20, exit=True)
-            alive = observe(exercise, Attempt(functions)).passed
+            alive = observe(exercise, functions).passed
             faulthandler.cancel_dump_traceback_later()
             file.write(("alive  " + about if alive else "killed") + "\n")
             file.flush()

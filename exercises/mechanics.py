@@ -1,6 +1,6 @@
 """Mechanics of the exercises: cut functions from the source, put a student's in their place, compare values.
 
-An exercise is one decorated generator function in one of FILES. `ADDING.md` says how to write one.
+An exercise is one decorated generator function in one of five files. `ADDING.md` says how to write one.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import copy
 import importlib
 import inspect
 import io
+import itertools
 import linecache
 import random
-import re
 import sys
 import textwrap
 import traceback
@@ -21,15 +21,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT, MINE = HERE.parent, HERE / "mine"
 MODULES = ("t5", "data", "hypernet", "hint", "train")  # none imports another to its right
-FILES = ("rebuild", "puzzles", "predict", "bugs", "ablate")
 REGISTRY: dict[str, Exercise] = {}
+HELPERS = "helpers"  # the name under which an attempt holds what goes behind the text of the modules
 YOUR_TURN = "your turn"
 STILL_THERE = "The bug is still there: your functions do what the functions did when you got them."
 sys.path.insert(0, str(ROOT))  # these five modules, whatever else is installed
@@ -51,17 +51,17 @@ class Exercise:
     hint: str
     why: str
     near: dict[str, tuple | list[tuple]]
-    also: list[tuple] = field(default_factory=list)
-    raises: list[str] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
+    also: Sequence[tuple] = ()
+    calls: Sequence[str] = ()
     bug: tuple = ()
     questions: dict[str, str] = field(default_factory=dict)
-    cases: Callable = None
     numbers: Callable = None
 
     def __call__(self, cases: Callable) -> Exercise:
-        self.cases = cases
-        self.name, self.task = cases.__name__.replace("_", "-"), inspect.getdoc(cases)
+        self.cases, self.name, self.task = cases, cases.__name__.replace("_", "-"), inspect.getdoc(cases)
+        if self.calls:
+            rule = f"Write assignments and one return. You may call {', '.join(self.calls)}."
+            self.task += f"\n\n{textwrap.fill(rule, 118)}"
         REGISTRY[self.name] = self
         return self
 
@@ -82,13 +82,10 @@ exercise = Exercise  # read as a decorator: @exercise("rebuild", ...)
 
 def all_exercises() -> dict[str, Exercise]:
     """Import the files of exercises -> every exercise by name."""
-    for name in FILES:
-        if (HERE / f"{name}.py").is_file():
-            importlib.import_module(name)
+    for name in ("rebuild", "puzzles", "predict", "bugs", "ablate"):
+        importlib.import_module(name)
     return REGISTRY
 
-
-# ------------------------------------------------------------------------------------------------- source
 
 parse = lru_cache(maxsize=64)(ast.parse)  # the trees are only read
 
@@ -99,13 +96,10 @@ def source(module: str) -> str:
 
 
 def locate(text: str, path: str) -> ast.FunctionDef:
-    """Find a function or class by its dotted path in a module's text. Raises KeyError."""
+    """Find a function or class by its dotted path in a module's text. Raises IndexError."""
     node = parse(text)
-    for name in path.split("."):
-        same_name = [child for child in getattr(node, "body", ()) if getattr(child, "name", None) == name]
-        if not same_name:
-            raise KeyError(path)
-        node = same_name[-1]  # as in Python, the last definition counts
+    for name in path.split("."):  # as in Python, the last definition counts
+        node = [child for child in node.body if getattr(child, "name", None) == name][-1]
     return node
 
 
@@ -114,36 +108,26 @@ def span(node: ast.FunctionDef) -> slice:
     return slice(min([node.lineno, *(item.lineno for item in node.decorator_list)]) - 1, node.end_lineno)
 
 
-def cut(text: str, path: str) -> str:
-    """Cut a function from a module's text, with the indentation that it has there."""
-    return "\n".join(text.split("\n")[span(locate(text, path))])
+def cut(text: str, path: str, body: str | None = None) -> str:
+    """Cut a function from a module's text, indentation included; `body`: in place of what follows its docstring."""
+    lines, node = text.split("\n"), locate(text, path)
+    if body is None:
+        return "\n".join(lines[span(node)])
+    last = node.returns if ast.get_docstring(node) is None else node.body[0]
+    body = textwrap.indent(textwrap.dedent(body).strip("\n"), " " * (node.col_offset + 4))
+    return "\n".join([*lines[span(node).start : last.end_lineno], body])
 
 
-def put_back(text: str, functions: dict[str, str]) -> str:
-    """Put other texts in the places of functions, by their dotted paths in the module."""
-    lines, spans = text.split("\n"), {path: span(locate(text, path)) for path in functions}
-    for path in sorted(functions, key=lambda path: -spans[path].start):  # from the end, so that no line moves
-        lines[spans[path]] = functions[path].split("\n")
+def put_back(text: str, path: str, function: str) -> str:
+    """Put another text in the place of a function."""
+    lines = text.split("\n")
+    lines[span(locate(text, path))] = function.split("\n")
     return "\n".join(lines)
 
 
-def with_body(function: str, body: str) -> str:
-    """Keep decorators, signature and docstring of a function, and give it another body."""
-    lines = function.split("\n")
-    margin = " " * (len(lines[0]) - len(lines[0].lstrip()))
-    tree = parse(f"if True:\n{function}" if margin else f"if True:\n  pass\n{function}")
-    node, first = (tree.body[0].body[0], 2) if margin else (tree.body[1], 3)  # the number of the first line
-    if ast.get_docstring(node) is not None:
-        end = node.body[0].end_lineno - first
-    else:
-        signature = range(node.lineno - first, node.body[0].lineno - first + 1)
-        end = next(number for number in signature if re.search(r":\s*(#.*)?$", lines[number]))
-    return "\n".join([*lines[: end + 1], textwrap.indent(textwrap.dedent(body).strip("\n"), margin + "    ")])
-
-
-def own_functions(exercise: Exercise) -> dict[str, str]:
-    """The project's text of every target."""
-    return {target: cut(source(target.split(".")[0]), target.partition(".")[2]) for target in exercise.targets}
+def own_functions(exercise: Exercise, body: str | None = None) -> dict[str, str]:
+    """The project's text of every target; `body`: in place of its own."""
+    return {target: cut(source(target.split(".")[0]), target.partition(".")[2], body) for target in exercise.targets}
 
 
 def edited(exercise: Exercise, edit: tuple) -> dict[str, str]:
@@ -151,7 +135,7 @@ def edited(exercise: Exercise, edit: tuple) -> dict[str, str]:
     functions = own_functions(exercise)
     for old, new in zip(edit[::2], edit[1::2], strict=True):
         if old in functions:
-            functions[old] = with_body(functions[old], new)
+            functions[old] = own_functions(exercise, new)[old]
             continue
         places = [target for target, text in functions.items() for _ in range(text.count(old))]
         if len(places) != 1:
@@ -160,107 +144,79 @@ def edited(exercise: Exercise, edit: tuple) -> dict[str, str]:
     return functions
 
 
-# ------------------------------------------------------------------------------------------------- the working file
-
-
-def working_file(exercise: Exercise, functions: dict[str, str] | None = None) -> str:
-    """Write the file that a student edits; `functions`: texts in place of the blanks."""
-    if functions is None and exercise.bug:
-        functions = edited(exercise, exercise.bug)
-    elif functions is None:
-        blank = f'raise NotImplementedError("{YOUR_TURN}")'
-        functions = {target: with_body(text, blank) for target, text in own_functions(exercise).items()}
-    name, owners = exercise.name, []
+def working_file(exercise: Exercise) -> str:
+    """Write the file that a student edits: the task, and the targets as blanks or with the bug."""
+    blank = f'raise NotImplementedError("{YOUR_TURN}")'
+    functions = edited(exercise, exercise.bug) if exercise.bug else own_functions(exercise, blank)
+    name, classes = exercise.name, set()
     about = f"{name} ({exercise.kind}, level {exercise.level}, about {exercise.minutes} minutes). {exercise.paper}."
-    rule = f"Write assignments and one return. You may call {', '.join(exercise.calls)}.\n\n" if exercise.calls else ""
     commands = f"python exercises check {name}\npython exercises hint {name}"
-    parts = [f'"""{about}\n\n{exercise.task}\n\n{textwrap.fill(rule, 118)}{rule[-2:]}{commands}\n"""\n']
-    modules = dict.fromkeys(target.split(".")[0] for target in functions)
+    parts = [f'"""{about}\n\n{exercise.task}\n\n{commands}\n"""\n\n']
     comment = "  # for your editor; the check puts your functions into the project's own modules\n"
-    parts += ["\n"] * bool(modules) + [f"from {module} import *{comment}" for module in modules]
+    parts += [f"from {module} import *{comment}" for module in dict.fromkeys(path.split(".")[0] for path in functions)]
     for question, text in exercise.questions.items():
-        comment = textwrap.fill(text, 117, initial_indent="# ", subsequent_indent="# ")
-        parts.append(f"\n{comment}\n{question} = None\n")
+        parts.append(textwrap.indent(textwrap.fill(text, 117), "# ") + f"\n{question} = None\n\n")
     for target, text in functions.items():
         module, *owner, _ = target.split(".")
-        if owner and owner not in owners:  # the head of its class: docstring and fields
+        if owner and owner[0] not in classes:  # the head of its class: docstring and fields
             node = locate(source(module), owner[0])
             first = next(item for item in node.body if isinstance(item, ast.FunctionDef))
-            text = "\n".join(source(module).split("\n")[span(node).start : span(first).start]).rstrip() + "\n\n" + text
-        parts.append(f"\n{text}\n" if owner and owner in owners else f"\n\n{text}\n")
-        owners.append(owner)
+            head = "\n".join(source(module).split("\n")[span(node).start : span(first).start])
+            parts.append(f"\n\n{head.rstrip()}\n")
+            classes.add(owner[0])
+        parts.append(f"\n{text}\n" if owner else f"\n\n{text}\n")
     return "".join(parts)
 
 
-class Attempt(NamedTuple):
-    """Functions to put in the place of the project's own, and helpers to put after the text of their modules."""
-
-    functions: dict[str, str]
-    helpers: str = ""
-
-
-def tree_of(text: str) -> ast.Module:
-    """Parse a student's file. Raises NotYet."""
+def read_attempt(exercise: Exercise, text: str) -> dict[str, str]:
+    """Read the targets in a student's file, and its helpers. Raises NotYet."""
     try:
-        return parse(text)
+        tree, attempt, helpers = parse(text, "your file"), {}, []
     except (SyntaxError, ValueError) as error:
-        place = f" in line {error.lineno}: {(error.text or '').strip()}" if isinstance(error, SyntaxError) else ""
-        raise NotYet(f"Python cannot read your file ({getattr(error, 'msg', error)}){place}.") from None
-
-
-def read_attempt(exercise: Exercise, text: str) -> Attempt:
-    """Read the targets and the helpers in a student's file. Raises NotYet."""
-    tree, functions, helpers = tree_of(text), {}, []
-    targets = [target.split(".")[1:] for target in exercise.targets]
-    for target, path in zip(exercise.targets, targets):
+        raise NotYet(f"Python cannot read your file: {error}\n  {(getattr(error, 'text', '') or '').strip()}") from None
+    for target in exercise.targets:
+        path = target.partition(".")[2]
         try:
-            margin, own = "    " * (len(path) - 1), cut(text, ".".join(path))
-        except (KeyError, AttributeError):
-            raise NotYet(f"The function {'.'.join(path)} is missing in your file.") from None
-        functions[target] = own if locate(text, ".".join(path)).col_offset == len(margin) else \
-            textwrap.indent(textwrap.dedent(own), margin)  # fmt: skip
+            function = locate(text, path)
+        except (IndexError, AttributeError):
+            raise NotYet(f"The function {path} is missing in your file.") from None
+        if YOUR_TURN in ast.unparse(function):
+            raise NotYet(f'Your turn: write code in place of `raise NotImplementedError("{YOUR_TURN}")` in {path}.')
+        attempt[target] = cut(text, path)
+    heads = [target.split(".")[1] for target in exercise.targets]  # functions, and classes of methods
     for node in tree.body:
-        imported = {getattr(node, "module", None), *(alias.name for alias in getattr(node, "names", ()))}
-        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        if isinstance(node, ast.ClassDef) and node.name in [path[0] for path in targets]:
-            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-            more = [ast.unparse(item) for item in methods if [node.name, item.name] not in targets]
-            owner = next(target for target in functions if target.split(".")[1] == node.name)
-            functions[owner] += "".join("\n\n" + textwrap.indent(method, "    ") for method in more)
-        elif not is_docstring and [getattr(node, "name", None)] not in targets and not imported & set(MODULES):
+        names = {getattr(node, "name", None), getattr(node, "module", None)}
+        if not isinstance(node, ast.Expr) and not names & {*heads, *MODULES}:
             helpers.append(ast.unparse(node))
-    return Attempt(functions, "\n\n".join(helpers))
-
-
-def refuse_unless_puzzle(exercise: Exercise, attempt: Attempt) -> None:
-    """Hold the rules of a puzzle: assignments, one return, and the calls that are named. Raises NotYet."""
-    if attempt.helpers:
+    if exercise.kind == "puzzle" and helpers:
         raise NotYet("A puzzle is solved inside its function: no helpers, no imports.")
-    for function in (ast.parse(textwrap.dedent(text)).body[0] for text in attempt.functions.values()):
-        *before, last = function.body[ast.get_docstring(function) is not None :] or [None]
-        if not isinstance(last, (ast.Return, ast.Raise)) or not all(isinstance(line, ast.Assign) for line in before):
-            raise NotYet("A puzzle holds plain assignments and one return at its end: no loop and no if statement.")
-        for node in (node for line in (*before, last) for node in ast.walk(line)):
-            if isinstance(node, (ast.comprehension, ast.Lambda)):
-                raise NotYet("A puzzle has no comprehension and no lambda: let tensors do the loop.")
-            if isinstance(node, ast.Call) and isinstance(last, ast.Return):
-                name = getattr(node.func, "attr", None) or getattr(node.func, "id", "this call")
-                if name not in exercise.calls:
-                    raise NotYet(f"{name} is not among the calls of this puzzle: {', '.join(exercise.calls)}.")
+    for function in attempt.values() if exercise.kind == "puzzle" else ():
+        refuse_unless_puzzle(exercise, ast.parse(textwrap.dedent(function)).body[0])
+    return {**attempt, HELPERS: "\n\n".join(helpers)}
 
 
-# ------------------------------------------------------------------------------------------------- running
+def refuse_unless_puzzle(exercise: Exercise, function: ast.FunctionDef) -> None:
+    """Hold the rules of a puzzle: plain lines, and the calls that are named. Raises NotYet."""
+    for node in (node for line in function.body for node in ast.walk(line)):
+        plain = isinstance(node, (ast.Assign, ast.Return, ast.Expr))  # an Expr: the docstring
+        if isinstance(node, (ast.stmt, ast.comprehension, ast.Lambda)) and not plain:
+            raise NotYet("A puzzle holds assignments and one return: no loop, comprehension, lambda or if statement.")
+        called = getattr(node, "func", None)
+        name = getattr(called, "attr", None) or getattr(called, "id", "this call")
+        if called and name not in exercise.calls:
+            raise NotYet(f"{name} is not among the calls of this puzzle: {', '.join(exercise.calls)}.")
 
 
-def load(names: list[str], attempt: Attempt) -> dict[str, ModuleType]:
+def load(names: list[str], attempt: dict[str, str]) -> dict[str, ModuleType]:
     """Load modules fresh, with the functions of an attempt in place. Modules imported before stay as they were."""
     imported = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
     try:
         for name in MODULES:
-            targets = {target: text for target, text in attempt.functions.items() if target.split(".")[0] == name}
-            if targets:
-                text = put_back(source(name), {target.partition(".")[2]: own for target, own in targets.items()})
-                text += f"\n\n{attempt.helpers}\n" if attempt.helpers else ""
+            text = source(name)
+            for target in [target for target in attempt if target.startswith(f"{name}.")]:
+                text = put_back(text, target.partition(".")[2], attempt[target])
+            if text != source(name):
+                text += f"\n\n{attempt.get(HELPERS, '')}\n"
                 module = sys.modules[name] = ModuleType(name)
                 module.__file__ = f"<{name} with your functions>"
                 linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
@@ -272,23 +228,15 @@ def load(names: list[str], attempt: Attempt) -> dict[str, ModuleType]:
         sys.modules.update(imported)
 
 
-class Case(NamedTuple):
-    """One comparison of a check."""
-
-    what: str
-    found: object
-    wanted: object
-    tolerance: float = 1e-4
-
-
 class Outcome(NamedTuple):
-    """What a check saw: its cases, and the exception that ended it early."""
+    """What a check saw: its cases, the exception that ended it early, and the beginning of what was printed."""
 
-    cases: list[Case]
+    cases: list[tuple]  # what, found, wanted, tolerance
     error: BaseException | None
+    printed: str
 
     @property
-    def wrong(self) -> Case | None:
+    def wrong(self) -> tuple | None:
         """The first case that is not as wanted."""
         return next((case for case in self.cases if difference(*case[1:])), None)
 
@@ -301,37 +249,32 @@ class Listener(io.StringIO):
     """Keep the first 2,000 characters that are printed, and drop the rest."""
 
     def write(self, text: str) -> int:
-        super().write(text[: max(0, 2000 - self.tell())])
-        return len(text)
+        return super().write(text[: max(0, 2000 - self.tell())])
 
 
-def stream(generator: Callable, attempt: Attempt, runs: Path) -> Iterator[tuple]:
+def stream(generator: Callable, attempt: dict[str, str], runs: Path = ROOT / "runs") -> Iterator[tuple]:
     """Call a generator of an exercise with the modules that it names; the seed is set before each step."""
     names = list(inspect.signature(generator).parameters)
     modules = {**load([name for name in names if name != "runs"], attempt), "runs": runs}
     items = generator(*(modules[name] for name in names))
-    for number in range(1_000_000):
+    for number in itertools.count():
         torch.manual_seed(number)
         random.seed(number)
-        try:
-            yield tuple(copied(value) for value in next(items))
-        except StopIteration:
+        if (item := next(items, None)) is None:
             return
+        yield copied(item)
 
 
-def observe(exercise: Exercise, attempt: Attempt, printed: Listener | None = None) -> Outcome:
+def observe(exercise: Exercise, attempt: dict[str, str]) -> Outcome:
     """Run the check of an exercise on an attempt."""
-    cases, printed = [], printed or Listener()
+    cases, error, printed = [], None, Listener()
     try:
         with redirect_stdout(printed), redirect_stderr(printed):
-            for item in stream(exercise.cases, attempt, ROOT / "runs"):
-                cases.append(Case(*item))
-    except BaseException as error:  # SystemExit too
-        return Outcome(cases, error)
-    return Outcome(cases, None)
-
-
-# ------------------------------------------------------------------------------------------------- values
+            for item in stream(exercise.cases, attempt):
+                cases.append((*item, 1e-4)[:4])  # the tolerance may be left out
+    except BaseException as ended:  # SystemExit too
+        error = ended
+    return Outcome(cases, error, printed.getvalue().rstrip())
 
 
 def copied(value: object) -> object:
@@ -341,121 +284,114 @@ def copied(value: object) -> object:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def difference(found: object, wanted: object, tolerance: float = 1e-4, nan: bool = False) -> str:
-    """Say how two values differ; an empty text if they do not. `nan`: two NaNs are equal."""
+def difference(found: object, wanted: object, tolerance: float) -> str:
+    """Say how two values differ; an empty text if they do not."""
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (found, wanted)):
         found, wanted = torch.tensor(float(found)), torch.tensor(float(wanted))
     if isinstance(found, tuple) and isinstance(wanted, tuple):
         if len(found) != len(wanted):
             return f"{len(found)} values, wanted {len(wanted)}"
-        texts = [difference(*pair, tolerance, nan) for pair in zip(found, wanted)]
+        texts = [difference(*pair, tolerance) for pair in zip(found, wanted)]
         return next((f"at [{number}]: {text}" for number, text in enumerate(texts) if text), "")
     if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
         same = type(found) is type(wanted) and found == wanted
-        kind = " in a tensor" if isinstance(found, torch.Tensor) and not found.dim() else ""
-        return "" if same else f"{shown(found)}{kind}, wanted {shown(wanted)}"
+        return "" if same else f"{shown(found)}, wanted {shown(wanted)}"
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return f"{shown(found)}, wanted {shown(wanted)}"
     first, second = found.double(), wanted.double()
     sizes = second[second.isfinite()].abs().tolist()
-    same = torch.isclose(first, second, rtol=0, atol=tolerance * max([*sizes, 1e-6]), equal_nan=nan)
+    same = torch.isclose(first, second, rtol=0, atol=tolerance * max([*sizes, 1e-6]), equal_nan=True)
     if same.all():
         return ""
     place = tuple((~same).nonzero()[0].tolist())
-    return f"{shown(found[place])}, wanted {shown(wanted[place])}" + (f", at {list(place)}" if place else "")
+    values = f"{shown(found[place].item())}, wanted {shown(wanted[place].item())}"
+    return f"{values}, at {list(place)}" if place else values
 
 
 def shown(value: object) -> str:
     """Show a value in a few words."""
-    if isinstance(value, torch.Tensor) and value.dim():
+    if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-    value = value.item() if isinstance(value, torch.Tensor) else value
     if isinstance(value, tuple):
         return f"({', '.join(map(shown, value)):.120})"
     return f"{value:.4g}" if isinstance(value, float) else f"{value!r:.70}"
 
 
-def alike(first: Outcome, second: Outcome) -> bool:
-    """Tell whether two attempts behaved alike: the same values in every case, and the same kind of error."""
-    if len(first.cases) != len(second.cases) or type(first.error) is not type(second.error):
+def alike(first: Outcome, second: Outcome, until: int | None = None) -> bool:
+    """Tell whether two attempts behaved alike, in every case and in how they ended, or in the first `until` cases."""
+    pairs = list(zip(first.cases[:until], second.cases))
+    same_end = len(first.cases) == len(second.cases) and type(first.error) is type(second.error)
+    if not same_end if until is None else len(pairs) < until:
         return False
-    pairs = zip(first.cases, second.cases)
-    return all(not difference(one.found, other.found, one.tolerance, nan=True) for one, other in pairs)
+    return not any(difference(one[1], other[1], one[3]) for one, other in pairs)
 
 
-# ------------------------------------------------------------------------------------------------- verdicts
-
-
-def judge(exercise: Exercise, text: str) -> tuple[bool, list[str]]:
-    """Check a student's file -> whether it passes, and the sentences for its author."""
+def judge(exercise: Exercise, text: str) -> tuple[bool, str]:
+    """Check a student's file -> whether it passes, and what to tell its author."""
     try:
         if exercise.questions:
             return judge_answers(exercise, text)
-        attempt, printed = read_attempt(exercise, text), Listener()
-        if exercise.kind == "puzzle":
-            refuse_unless_puzzle(exercise, attempt)
+        text = text.expandtabs(4)
+        outcome = observe(exercise, read_attempt(exercise, text))
     except NotYet as error:
-        return False, [str(error)]
-    outcome = observe(exercise, attempt, printed)
-    said = [f"Your functions printed:\n{textwrap.indent(printed.getvalue().rstrip(), '  ')}"] * bool(printed.tell())
-    if outcome.passed:
-        return True, said
-    if isinstance(outcome.error, NotImplementedError) and str(outcome.error) == YOUR_TURN:
-        return False, [f'Your turn: write code in place of `raise NotImplementedError("{YOUR_TURN}")`.', *said]
-    return False, [explained(outcome, text), *diagnosed(exercise, outcome)[:1], *said]
+        return False, str(error)
+    said = [] if outcome.passed else [explained(outcome, text), *diagnosed(exercise, outcome)]
+    if outcome.printed:
+        said.append(f"Your functions printed:\n{textwrap.indent(outcome.printed, '  ')}")
+    return outcome.passed, "\n".join(said)
 
 
 def explained(outcome: Outcome, text: str) -> str:
     """Name the first wrong case with its values, or the exception with the student's own line."""
     if wrong := outcome.wrong:
-        forgotten = " Does your function return its result?" if wrong.found is None else ""
-        return f"Not yet right: {wrong.what}.\n  Found {difference(*wrong[1:])}.{forgotten}"
+        what, found, *_ = wrong
+        forgotten = " Does your function return its result?" if found is None else ""
+        return f"Not yet right: {what}.\n  Found {difference(*wrong[1:])}.{forgotten}"
     lines, error = [line.strip() for line in text.split("\n")], outcome.error
-    frames = traceback.extract_tb(error.__traceback__) if error else []
+    frames = traceback.extract_tb(error.__traceback__)
     own = [frame.line for frame in frames if "with your functions" in frame.filename and frame.line in lines]
     place = f"\n  Line {lines.index(own[-1]) + 1} of your file: {own[-1]}" if own else ""
     return f"Your code stops with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}{place}"
 
 
 def diagnosed(exercise: Exercise, outcome: Outcome) -> list[str]:
-    """List the sentences of near misses that behave as an attempt did, in all cases or up to the first wrong one."""
-    near = [(text, observe(exercise, Attempt(edited(exercise, edit)))) for text, edit in exercise.near_misses]
-    if sentences := [text for text, other in near if alike(outcome, other)]:
-        return sentences
-    begin = outcome.cases[: outcome.cases.index(outcome.wrong) + 1] if outcome.wrong else []
-    first = Outcome(begin, None)
-    sentences = [text for text, other in near if begin and alike(first, Outcome(other.cases[: len(begin)], None))]
-    return sentences if len(set(sentences)) == 1 else []
+    """Sentence of the near miss that behaves as an attempt did, in all cases or else up to the first wrong one."""
+    near = [(text, observe(exercise, edited(exercise, edit))) for text, edit in exercise.near_misses]
+    exact = [text for text, other in near if alike(outcome, other)]
+    if exact or outcome.wrong is None:
+        return exact[:1]
+    until = next(number for number, case in enumerate(outcome.cases, start=1) if case is outcome.wrong)
+    begun = {text for text, other in near if alike(outcome, other, until)}
+    return list(begun) if len(begun) == 1 else []
 
 
-def judge_answers(exercise: Exercise, text: str) -> tuple[bool, list[str]]:
+def judge_answers(exercise: Exercise, text: str) -> tuple[bool, str]:
     """Hold the answers of a prediction against the truths, which are measured now. Raises NotYet."""
     answers: dict[str, object] = {}
     try:
-        exec(compile(tree_of(text), "your file", "exec"), answers)
+        exec(compile(text, "your file", "exec"), answers)
     except Exception as error:
-        raise error if isinstance(error, NotYet) else NotYet(f"Your file stops with {error!r:.200}") from None
+        raise NotYet(f"Your file stops with {error!r:.200}") from None
     if missing := [name for name in exercise.questions if answers.get(name) is None]:
         raise NotYet(f"Answer every question first; still None: {', '.join(missing)}.")
     lines, verdicts = [], []
-    for name, truth, tolerance in stream(exercise.cases, Attempt({}), ROOT / "runs"):
+    for name, truth, tolerance in stream(exercise.cases, {}):
         right, sentence = judge_answer(exercise, name, answers[name], truth, tolerance)
         verdicts.append(right)
         verdict = "right" if right else "not this time"
         lines.append(f"{name}: {verdict}. You: {shown(answers[name])}. Measured: {shown(truth)}. {sentence}".rstrip())
-    more = ["Explain the difference, aloud if you can. Then write what was measured, and check again."]
-    return all(verdicts), lines + more * (not all(verdicts))
+    return all(verdicts), "\n".join(lines)
 
 
 def judge_answer(exercise: Exercise, name: str, answer: object, truth: object, tolerance) -> tuple[bool, str]:
-    """Judge one answer -> whether it is right, and the sentence of the near miss next to it. Raises NotYet."""
-    if isinstance(answer, bool) or not isinstance(answer, str if isinstance(truth, str) else (int, float)):
-        raise NotYet(f"{name}: {'a text' if isinstance(truth, str) else 'a number'} is wanted, not {shown(answer)}.")
+    """Judge one answer -> whether it is right, and the sentence of the near miss next to it."""
 
-    def same(value: object, margin: float) -> bool:
-        return abs(answer - value) <= margin if margin is not None else answer.strip().lower() == value.lower()
+    def near(value: object, margin: float | None) -> bool:
+        if isinstance(value, str) or not isinstance(answer, (int, float)):
+            return str(answer).strip().lower() == value
+        return abs(answer - value) <= (0.03 * abs(value) if margin is None else margin)
 
-    near = [(text, value) for text, (question, value) in exercise.near_misses if question == name]
-    sentences = [text for text, value in near if same(value, None if isinstance(truth, str) else 0.03 * abs(value))]
-    right = same(truth, tolerance)
-    return right, "" if right or not sentences else sentences[0]
+    if near(truth, tolerance):
+        return True, ""
+    misses = [(text, value) for text, (question, value) in exercise.near_misses if question == name]
+    return False, next((text for text, value in misses if near(value, None)), "")
