@@ -12,7 +12,7 @@ counted unless `--precision fp32` is given, and the generator's attention as a G
 """
 
 import argparse
-import resource
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -119,7 +119,7 @@ def step_bytes(model: HINT, examples: list[Ids], settings: Settings) -> dict[str
 def measured_bytes(model: HINT, examples: list[Ids], settings: Settings) -> int:
     """Take a step of two microbatches, and return the most memory that it took: of the GPU, or of this process."""
     device, precision = device_and_precision(settings.precision)
-    before = 0 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = 0 if device.type == "cuda" else most_held()
     t5 = T5(model.t5.config)
     model = (PlainT5(t5) if model.config is None else HINT(t5, model.config)).to(device)
     set_gradient_checkpointing(model.train(), settings.gradient_checkpointing)
@@ -129,7 +129,12 @@ def measured_bytes(model: HINT, examples: list[Ids], settings: Settings) -> int:
     optimizer.step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return most_held() - before
+
+
+def most_held() -> int:
+    """Bytes that this process held at most, as Linux counts them; `resource` would begin at those of its parent."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def main() -> None:
