@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import zlib
 from dataclasses import asdict, fields
+from itertools import groupby
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -22,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hypernet import GENERATORS, HYPERENCODERS, HINTConfig
 from t5 import (
-    T5, InputError, Loss, Modules, Source, T5Config, fill, map_tensors, read_config, read_metadata, read_safetensors,
-    read_weights, reading, save_folder, select_rows, write_safetensors,
+    T5, Adapter, InputError, Loss, Modules, Source, T5Config, fill, map_tensors, read_config, read_metadata,
+    read_safetensors, read_weights, reading, save_folder, select_rows, write_safetensors,
 )  # fmt: skip
 
 
@@ -76,11 +77,17 @@ class HINT(nn.Module):
         Each distinct instruction is encoded once and its modules serve all its examples; the paper encodes it for
         each. Without dropout the gradient is the same. Ids may stay on the CPU, so that no GPU is waited for.
         """
-        distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)  # [U, Li], [B]
-        task = self.encode_instruction(distinct)
+        distinct, task_of, counts = torch.unique(instruction_ids, dim=0, return_inverse=True, return_counts=True)
+        task = self.encode_instruction(distinct)  # distinct [U, Li], task_of [B], counts [U]
         if len(distinct) > 1:
-            index = example_of.to(task.states.device)
-            task = map_tensors(lambda tensor: tensor.index_select(0, index), task)  # U tasks -> B
+            order = task_of.argsort()  # examples of a task side by side
+            input_ids, labels, rows = input_ids[order], labels[order], task_of[order].to(task.states.device)
+            runs = [(len(list(run)), count) for count, run in groupby(counts.tolist())]  # tasks of equally many
+            tasks, examples = [n for n, _ in runs], [n * count for n, count in runs]
+            split = lambda adapter: [Adapter(*part) for part in zip(*(weight.split(tasks) for weight in adapter))]
+            mixed = lambda adapters: lambda u: torch.cat([f(x) for f, x in zip(adapters, u.split(examples))])
+            serve = lambda part: mixed(split(part)) if isinstance(part, Adapter) else part.index_select(0, rows)
+            task = map_tensors(serve, task, Tensor | Adapter)  # U tasks -> B examples, without a copy of an adapter
         return self.t5.loss(labels, self.fuse(task, input_ids), task.modules)
 
     @torch.no_grad()
@@ -120,8 +127,7 @@ class HINT(nn.Module):
             if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
                 raise ValueError("its tensors are not those of an encoded task")
         saved = (tensors[name] for name, _ in named_tensors(blank))
-        device = self.t5.shared.weight.device
-        return map_tensors(lambda blank: next(saved).to(device, blank.dtype, copy=True), blank)
+        return map_tensors(lambda blank: next(saved).to(self.t5.shared.weight.device, blank.dtype, copy=True), blank)
 
     def fingerprint(self) -> str:
         """Tell models apart: a checksum of the first numbers of every parameter."""

@@ -127,11 +127,8 @@ class Generator(nn.Module):
                 pair = weights["prefix_key"][slot], weights["prefix_value"][slot]  # [B, P, I] each
                 prefixes.append(KeyValue(*(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in pair)))
             if "lora_query_down" in weights:
-                (query_down, query_up), (value_down, value_up) = (
-                    (weights[f"lora_{name}_down"][slot].mT, weights[f"lora_{name}_up"][slot] * self.lora_scale)
-                    for name in ("query", "value")
-                )
-                loras.append(LoRA(query_down, query_up, value_down, value_up))
+                query_down, query_up, value_down, value_up = (weights[name][slot] for name in self.kinds)
+                loras.append(LoRA(query_down.mT, query_up * self.lora_scale, value_down.mT, value_up * self.lora_scale))
         return LayerModules(adapter, prefixes[0] if prefixes else None, tuple(prefixes[1:]), *loras)
 
 
@@ -290,13 +287,12 @@ class StackHypernetwork(nn.Module):
     the place, and each place has its own set.
     """
 
-    def __init__(self, d_model: int, bottleneck: int, layers: int, shares_places: bool) -> None:
+    def __init__(self, d: int, r: int, layers: int, shares_places: bool) -> None:
         super().__init__()
         self.layers = nn.Parameter(torch.randn(layers, TASK))
         self.places = nn.Parameter(torch.randn(len(PLACES), TASK)) if shares_places else None
-        width = 3 * TASK if shares_places else 2 * TASK
-        self.join = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, TASK), nn.LayerNorm(TASK))
-        d, r = d_model, bottleneck
+        read = nn.Linear((3 if shares_places else 2) * TASK, HIDDEN)
+        self.join = nn.Sequential(read, nn.ReLU(), nn.Linear(HIDDEN, TASK), nn.LayerNorm(TASK))
         self.shapes = [(d, r), (1, r), (r, d), (1, d), (1, d), (1, d)]  # of the parts of a SerialAdapter
         self.heads = nn.ModuleList(
             nn.ModuleList(nn.Linear(TASK, rows * columns) for rows, columns in self.shapes)

@@ -137,14 +137,15 @@ class Cache(NamedTuple):
 class Adapter(NamedTuple):
     """A bottleneck parallel to the feed-forward layer, HINT equation (1): gelu(u W_down + b_down) W_up + b_up."""
 
-    down: Tensor  # [B or 1, d, r]
-    down_bias: Tensor  # [B or 1, 1, r]
-    up: Tensor  # [B or 1, r, d]
-    up_bias: Tensor  # [B or 1, 1, d]
+    down: Tensor  # [U, d, r] of U tasks, each with B/U of the examples
+    down_bias: Tensor  # [U, 1, r]
+    up: Tensor  # [U, r, d]
+    up_bias: Tensor  # [U, 1, d]
 
     def __call__(self, u: Tensor) -> Tensor:  # [B, S, d]
-        hidden = torch.einsum("bsd,bdr->bsr", u, self.down) + self.down_bias  # one adapter is broadcast to all rows
-        return torch.einsum("bsr,brd->bsd", F.gelu(hidden, approximate="tanh"), self.up) + self.up_bias  # [B, S, d]
+        x = u.reshape(len(self.down), -1, u.shape[-1])  # [U, B/U*S, d]: no weight is copied for an example
+        hidden = x @ self.down + self.down_bias  # [U, B/U*S, r]
+        return (F.gelu(hidden, approximate="tanh") @ self.up + self.up_bias).view_as(u)
 
 
 class LoRA(NamedTuple):
@@ -197,11 +198,11 @@ class Source(NamedTuple):
     attention_mask: Tensor  # [B or 1, S]
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], tree):
-    """Apply a function to every tensor of nested tuples; None stays None."""
-    if tree is None or isinstance(tree, Tensor):
+def map_tensors(function: Callable, tree, leaf=Tensor):
+    """Apply a function to every tensor (or other kind of leaf) of nested tuples; None stays None."""
+    if tree is None or isinstance(tree, leaf):
         return tree if tree is None else function(tree)
-    items = [map_tensors(function, item) for item in tree]
+    items = [map_tensors(function, item, leaf) for item in tree]
     return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
 
 
@@ -579,14 +580,11 @@ def set_gradient_checkpointing(model: nn.Module, on: bool) -> None:
 _RENAMES = (  # name in this file -> name in public checkpoints
     (r"^(encoder|decoder)\.relative_bias\.weight", r"\1.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
     (r"^(encoder|decoder)\.final_norm", r"\1.final_layer_norm"),
-    (r"\.self_attention_norm", ".layer.0.layer_norm"),
     (r"\.self_attention", ".layer.0.SelfAttention"),
-    (r"\.cross_attention_norm", ".layer.1.layer_norm"),
     (r"\.cross_attention", ".layer.1.EncDecAttention"),
-    (r"^(encoder.*)\.feed_forward_norm", r"\1.layer.1.layer_norm"),
     (r"^(encoder.*)\.feed_forward", r"\1.layer.1.DenseReluDense"),
-    (r"^(decoder.*)\.feed_forward_norm", r"\1.layer.2.layer_norm"),
     (r"^(decoder.*)\.feed_forward", r"\1.layer.2.DenseReluDense"),
+    (r"\w+(Attention|Dense)_norm", "layer_norm"),
     (r"\.blocks\.", ".block."),
 )
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in old files; no T5 reads it

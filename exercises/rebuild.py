@@ -19,40 +19,46 @@ BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_he
     why="The numbers generated for one instruction, p, are 4 % of the N parameters of T5 XL, and new for each task.",
     near={
         "You add u to the result. The block has that residual already.":
-            ("self.up) + self.up_bias", "self.up) + self.up_bias + u"),
+            ("view_as(u)", "view_as(u) + u"),
         "Your activation is relu. Equation (1) has gelu.": ('F.gelu(hidden, approximate="tanh")', "F.relu(hidden)"),
         "Your first bias is added after the activation. It belongs inside.":
             (" + self.down_bias",
-             "", 'F.gelu(hidden, approximate="tanh")', 'F.gelu(hidden, approximate="tanh") + self.down_bias'),
+             "", '(F.gelu(hidden, approximate="tanh")', '((F.gelu(hidden, approximate="tanh") + self.down_bias)'),
         "Your gelu is the exact one. T5 uses its tanh approximation.":
             ('F.gelu(hidden, approximate="tanh")', "F.gelu(hidden)"),
         "Your second bias is missing.": (" + self.up_bias", ""),
         "Your first bias is missing.": (" + self.down_bias", ""),
-        "Every row gets the adapter of the first row. In a mixed batch each row has its own.":
-            ("u, self.down)",
-             "u, self.down[:1].expand(len(u), -1, -1))", "self.up)", "self.up[:1].expand(len(u), -1, -1))"),
+        "All rows get the first adapter. In a mixed batch each task has its own.":
+            ("x = u", "self = Adapter(*(part[:1] for part in self))\n        x = u"),
+        "Rows get the adapters in turn. The rows of a task stand side by side.":
+            ("x = u.reshape(len(self.down), -1, u.shape[-1])",
+             "x = u.reshape(-1, len(self.down), *u.shape[1:]).transpose(0, 1).flatten(1, 2)",
+             "return (", "y = (", ".view_as(u)", "\n        "
+             "return y.view(len(y), -1, *u.shape[1:]).transpose(0, 1).reshape(u.shape)"),
         "There is no activation between your two products, so that they are one product.":
             ('F.gelu(hidden, approximate="tanh")', "hidden"),
     },
     also=[("t5.Adapter.__call__", """
-        hidden = u @ self.down + self.down_bias
+        down, down_bias, up, up_bias = (part.repeat_interleave(len(u) // len(part), 0) for part in self)
+        hidden = u @ down + down_bias
         inner = math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)
-        return (0.5 * hidden * (1 + torch.tanh(inner))) @ self.up + self.up_bias
+        return (0.5 * hidden * (1 + torch.tanh(inner))) @ up + up_bias
     """)],
 )  # fmt: skip
 def adapter(t5):
     """Write the adapter, a bottleneck beside the feed-forward layer: gelu(u W_down + b_down) W_up + b_up.
 
-    The weights are generated. They have a batch axis: either one adapter for all rows, or one for each row.
+    The weights are generated, for U tasks. U divides the number of rows: the first task serves the first rows, and so
+    on. Often there is one task for all rows.
     """
     d, r = 6, 4
-    for batch in (3, 1):
-        u = torch.randn(3, 5, d)
+    for batch in (4, 2, 1):
+        u = torch.randn(4, 5, d)
         down, down_bias = torch.randn(batch, d, r), torch.randn(batch, 1, r)
         up, up_bias = torch.randn(batch, r, d), torch.randn(batch, 1, d)
-        wanted = torch.zeros(3, 5, d)
-        for row in range(3):
-            b = row if batch == 3 else 0
+        wanted = torch.zeros(4, 5, d)
+        for row in range(4):
+            b = row * batch // 4
             for place in range(5):
                 for j in range(r):
                     h = sum(u[row, place, i] * down[b, i, j] for i in range(d)) + down_bias[b, 0, j]
@@ -60,7 +66,7 @@ def adapter(t5):
                     wanted[row, place] += gelu * up[b, j]
                 wanted[row, place] += up_bias[b, 0]
         found = t5.Adapter(down, down_bias, up, up_bias)(u)
-        yield f"{'one adapter for each row' if batch == 3 else 'one adapter for all rows'}", found, wanted
+        yield f"adapters of {batch} tasks for four rows", found, wanted
 
 
 @adapter.facts
@@ -405,11 +411,14 @@ def _(runs):
             ("Source(task.states, task.attention_mask)", "Source(task.states, torch.ones_like(task.attention_mask))"),
         "The decoder has no modules.": ("self.fuse(task, input_ids), task.modules)", "self.fuse(task, input_ids))"),
         "Examples get the modules of others: `torch.unique` sorts, so the order is not that of the batch.":
-            ("example_of.to(task", "example_of.sort().values.to(task"),
+            ("input_ids[order], labels[order], task_of", "input_ids, labels, task_of"),
         "You encode the instruction of every example. Encode each distinct one once.":
-            ("distinct, example_of = torch.unique(instruction_ids, dim=0, return_inverse=True)",
-             "distinct, example_of = instruction_ids, torch.arange(len(instruction_ids))"),
-        "All examples get the modules of one instruction.": ("index_select(0, index)", "index_select(0, 0 * index)"),
+            ("torch.unique(instruction_ids, dim=0, return_inverse=True, return_counts=True)",
+             "instruction_ids, torch.arange(len(instruction_ids)), torch.ones(len(instruction_ids), dtype=torch.long)"),
+        "All examples get the modules of one instruction.": (
+            "mixed(split(part))", "Adapter(*(weight[:1] for weight in part))",
+            "index_select(0, rows)", "index_select(0, 0 * rows)",
+        ),
         "The mask that was given is not used.":
             ("input_ids, attention_mask, task.modules)", "input_ids, None, task.modules)"),
         "The input is not read, only the instruction.":

@@ -89,12 +89,19 @@ def test_encoding_once_equals_encoding_each_time():
 
 @pytest.mark.parametrize("tasks, instructions_read", [([0] * 6, 1), ([1, 0, 1, 1, 0, 0], 2), ([*range(6)], 6)])
 def test_each_distinct_instruction_of_a_batch_is_encoded_once(tasks, instructions_read):
-    """The gradient is the same all the same: see the equations above, where three examples share a task."""
-    model, counts = tiny_hint(), []
+    """The gradient is the same all the same: see the equations above, where three examples share a task.
+
+    Nor is an adapter kept for each example: what the backward pass keeps of W_down has a row for each task.
+    """
+    model, counts, kept = tiny_hint(), [], []
+    shape = (model.t5.config.d_model, model.config.bottleneck)  # of no other tensor here
     model.t5.encoder.register_forward_hook(lambda _, given, __: counts.append(len(given[0])))
     model.hypernetwork.register_forward_hook(lambda _, given, __: counts.append(len(given[0])))
-    model(random_ids(6, 7)[tasks], random_ids(6, 9), random_ids(6, 6))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        model(random_ids(6, 7)[tasks], random_ids(6, 9), random_ids(6, 6))
     assert counts == [instructions_read, instructions_read, 6], "hyperencoder, hypernetwork, encoder of the inputs"
+    layers = model.t5.config.num_layers + model.t5.config.num_decoder_layers
+    assert sum(rows[0] for rows in kept if rows[1:] == shape) == layers * instructions_read
 
 
 def test_padding_of_instruction_input_and_target_changes_nothing_and_a_mask_hides_like_padding():
