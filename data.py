@@ -742,16 +742,16 @@ _SELECTIONS = {  # wordings for each selection of a word
     **{kind: [f"the {kind}", f"the {kind} in it"] for kind in KINDS},
     **{kind + OR_LAST: [f"the {kind} {otherwise}" for otherwise in _OTHERWISE] for kind in KINDS},
 }
-_TRANSFORMATIONS = {  # functions of the selected word, with wordings
-    "copy": (lambda word: word, ["{}", "{} as it is"]),
-    "thank": (lambda word: f"thanks {word}", ["{} thanked", "thanks to {}"]),
-    "negate": (lambda word: f"not {word}", ["{} negated", "the negation of {}"]),
-    "praise": (lambda word: f"good {word}", ["{} praised", "praise for {}"]),
-    "greet": (lambda word: f"hello {word}", ["{} greeted", "a greeting to {}"]),
-    "plural": (lambda word: f"{word}s", ["the plural of {}", "{} in the plural"]),
+_TRANSFORMATIONS = {  # functions of the selected word, with wordings that all stand before the word
+    "copy": (lambda word: word, ["a copy of {}", "simply {}"]),
+    "thank": (lambda word: f"thanks {word}", ["thanks to {}", "gratitude to {}"]),
+    "negate": (lambda word: f"not {word}", ["the negation of {}", "the opposite of {}"]),
+    "praise": (lambda word: f"good {word}", ["praise for {}", "a compliment to {}"]),
+    "greet": (lambda word: f"hello {word}", ["a greeting to {}", "a welcome to {}"]),
+    "plural": (lambda word: f"{word}s", ["the plural of {}", "the plural form of {}"]),
     "initial": (lambda word: word[0], ["the initial of {}", "the first letter of {}"]),
-    "length": (lambda word: str(len(word)), ["the length of {}", "how long {} is"]),
-    "kind": (KIND_OF.__getitem__, ["the kind of {}", "what sort of thing {} is"]),
+    "length": (lambda word: str(len(word)), ["the length of {}", "the number of letters in {}"]),
+    "kind": (KIND_OF.__getitem__, ["the kind of {}", "the category of {}"]),
 }
 _FRAMES = {  # wordings for the place of the argument
     "none": [""],
@@ -817,7 +817,7 @@ class ToyWorld(NamedTuple):
 
 
 def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6, arguments: int = 12) -> ToyWorld:
-    """Draw a world of short word lists and instructions: "give the plural of the fruit, then the first word thanked".
+    """Draw a world of short word lists and instructions: "give the plural of the fruit, then thanks to the first word".
 
     A fifth of the pairs (argument, selection) are kept from training. So are 18 ordered pairs of transformations: each
     transformation precedes two others, and follows two others, only in the unseen compositions, which ask each pair in
