@@ -734,13 +734,9 @@ KINDS = {
 }  # fmt: skip
 KIND_OF = {word: kind for kind, words in KINDS.items() for word in words.split()}
 ARGUMENTS = "pom zet quib larn voft mish drel tunk wob fep glim narv brask crell dorf ennet flin gruv hesk jilt".split()
-OR_LAST = " or last"  # "fruit or last" selects the fruit, or the last word if there is no fruit
-_OTHERWISE = ["(else the last word)", "or else the final word"]
 _SELECTIONS = {  # wordings for each selection of a word
-    "first": ["the first word", "the word in front"],
-    "last": ["the last word", "the final word"],
+    "first": ["the first word", "the word at the head"],
     **{kind: [f"the {kind}", f"the {kind} in it"] for kind in KINDS},
-    **{kind + OR_LAST: [f"the {kind} {otherwise}" for otherwise in _OTHERWISE] for kind in KINDS},
 }
 _TRANSFORMATIONS = {  # functions of the selected word, with wordings that all stand before the word
     "copy": (lambda word: word, ["a copy of {}", "simply {}"]),
@@ -749,17 +745,17 @@ _TRANSFORMATIONS = {  # functions of the selected word, with wordings that all s
     "praise": (lambda word: f"good {word}", ["praise for {}", "a compliment to {}"]),
     "greet": (lambda word: f"hello {word}", ["a greeting to {}", "a welcome to {}"]),
     "plural": (lambda word: f"{word}s", ["the plural of {}", "the plural form of {}"]),
-    "initial": (lambda word: word[0], ["the initial of {}", "the first letter of {}"]),
+    "initial": (lambda word: word[0], ["the initial of {}", "the opening letter of {}"]),
     "length": (lambda word: str(len(word)), ["the length of {}", "the number of letters in {}"]),
     "kind": (KIND_OF.__getitem__, ["the kind of {}", "the category of {}"]),
 }
 _FRAMES = {  # wordings for the place of the argument
     "none": [""],
-    "begin": [", but start with {}", ", after the word {}"],
+    "begin": [", but start with {}", ", with {} in front"],
     "end": [", and end with {}", ", followed by {}"],
     "both": [", between {0} and {0}", ", with {} on both sides"],
 }
-_VERBS, _JOINS = ["write", "give", "print"], ["{}, then {}", "first {} and then {}"]
+_VERBS, _JOINS = ["write", "give", "print"], ["{}, then {}", "{} and next {}"]
 
 
 class Slot(NamedTuple):
@@ -780,9 +776,8 @@ class Rule(NamedTuple):
         """Apply the rule to an input."""
         parts = []
         for selection, transformation in self.slots:
-            kind = selection.removesuffix(OR_LAST)
-            selected = words[:1] if selection == "first" else [word for word in words if KIND_OF[word] == kind]
-            parts.append(_TRANSFORMATIONS[transformation][0]((selected or words[-1:])[0]))
+            selected = next(word for word in words if selection in ("first", KIND_OF[word]))
+            parts.append(_TRANSFORMATIONS[transformation][0](selected))
         before, after = ([self.argument] * (self.frame in (side, "both")) for side in ("begin", "end"))
         return " ".join([*before, " and ".join(parts), *after])
 
@@ -796,13 +791,9 @@ class Rule(NamedTuple):
         return f"{draw.choice(_VERBS)} {joined}{draw.choice(_FRAMES[self.frame]).format(self.argument)}."
 
     def draw_input(self, draw: random.Random, kinds: list[str]) -> list[str]:
-        """Draw words of different kinds: those selected, half the time those with a fallback, and some others."""
-        selected = [slot.selection for slot in self.slots]
-        needed = [kind for kind in kinds if kind in selected]
-        doubtful = [kind for kind in kinds if kind + OR_LAST in selected and kind not in needed]
-        drawn = needed + [kind for kind in doubtful if draw.random() < 0.5]
-        others = [kind for kind in kinds if kind not in needed + doubtful]
-        drawn += draw.sample(others, min(len(others), max(0, draw.randint(3, 5) - len(drawn))))
+        """Draw three to five words of different kinds, those selected among them."""
+        drawn = [kind for kind in kinds if kind in [slot.selection for slot in self.slots]]
+        drawn += draw.sample([kind for kind in kinds if kind not in drawn], draw.randint(3, 5) - len(drawn))
         draw.shuffle(drawn)
         return [draw.choice(KINDS[kind].split()) for kind in drawn]
 
@@ -825,7 +816,7 @@ def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6,
     """
     draw = random.Random(f"toy/{seed}")
     kind_names, argument_words = list(KINDS)[:kinds], ARGUMENTS[:arguments]
-    selections = ["first", "last", *kind_names, *(kind + OR_LAST for kind in kind_names)]
+    selections = ["first", *kind_names]
     ring = draw.sample(list(_TRANSFORMATIONS), len(_TRANSFORMATIONS))
     unseen_orders = [(ring[i - step], ring[i]) for step in (1, 2) for i in range(len(ring))]
     pairs = list(product(argument_words, selections))

@@ -196,7 +196,7 @@ DEFAULTS: dict[str, dict] = {
     "finetune": {}, "evaluate": AS_TRAINED, "predict": AS_TRAINED,
     "demo": dict(
         size="toy", bottleneck=4, prefix_length=4, generator_dropout=0.0, embedding_scale=8.0, dropout=0.0,
-        steps=1500, batch_size=64, group=2,  # two instances of each of 32 tasks
+        steps=1200, batch_size=64, group=2,  # two instances of each of 32 tasks
         learning_rate=0.03, warmup=100, final_rate=0.05,  # the paper's 1e-3 is for a pretrained model
         max_instruction=64, max_input=64, max_target=16, log_every=50, save_every=1000, eval_batch_size=64,
     ),

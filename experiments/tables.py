@@ -119,11 +119,11 @@ TABLES = {
 WITHOUT_ROWS = ("time", "costs")
 TOY = "--learning-rate 0.03 --warmup 100 --final-rate 0.05 --dropout 0 --precision fp32 --log-every 50"
 TOY_WORDS = {  # the recipe of the demo
-    "finetune": f"{TOY} --steps 1500 --batch-size 64 --group 2 --max-instruction 256 --max-input 320 --max-target 16 "
-    "--eval-every 500",
+    "finetune": f"{TOY} --steps 1200 --batch-size 64 --group 2 --max-instruction 256 --max-input 320 --max-target 16 "
+    "--eval-every 400",
     "pretrain": f"{TOY} --steps 500 --batch-size 32 --max-input 64",
 }
-TOY_FROZEN = "--steps 600"  # after the 1,500 of the T5 that the row starts from
+TOY_FROZEN = "--steps 600"  # after the 1,200 of the T5 that the row starts from
 SMOKE_WORDS = {
     "finetune": "--steps 4 --warmup 2 --batch-size 8 --eval-every 2 --max-instances 2",
     "pretrain": "--steps 4 --warmup 2 --batch-size 8",

@@ -466,7 +466,7 @@ def test_the_toy_world_has_the_form_of_the_real_one_and_no_guess_is_often_right(
         pairs = [*task.examples, *((i.input, i.references[0]) for i in task.instances)]
         assert len(dict(pairs)) == len(pairs), "no input twice, or an example would be the answer"
         for text, answer in pairs:
-            assert 2 <= len(text.split()) <= 5 and world.rules[task.name].answer(text.split()) == answer
+            assert 3 <= len(text.split()) <= 5 and world.rules[task.name].answer(text.split()) == answer
             assert words.decode(words.encode(text).ids) == text and words.decode(words.encode(answer).ids) == answer
         for prompts in (HINTFormat(words, 2), TkInstructFormat(words, 2)):
             assert not any(data.UNKNOWN in ids for ids in prompts(task)[0]), "the tokenizer knows every word"
@@ -490,12 +490,12 @@ def test_neither_test_set_overlaps_with_training(world):
 
 def test_a_rule_means_what_its_definition_says():
     """Read by a person, not by the code that made them."""
-    first = data.Rule((data.Slot("fruit", "plural"), data.Slot("tool or last", "kind")), "end", "pom")
-    second = data.Rule((data.Slot("first", "thank"), data.Slot("fruit or last", "negate")), "both", "pom")
-    assert first.answer("horse pear golf".split()) == "pears and sport pom"
-    assert second.answer("horse pear golf".split()) == "pom thanks horse and not pear pom"
+    first = data.Rule((data.Slot("fruit", "plural"), data.Slot("first", "kind")), "end", "pom")
+    second = data.Rule((data.Slot("sport", "thank"), data.Slot("fruit", "negate")), "both", "pom")
+    assert first.answer("horse pear golf".split()) == "pears and animal pom"
+    assert second.answer("horse pear golf".split()) == "pom thanks golf and not pear pom"
     said = [first.definition(random.Random(seed)) for seed in range(3000)]
-    assert "write the plural of the fruit, then the kind of the tool (else the last word), and end with pom." in said
+    assert "write the plural of the fruit, then the kind of the first word, and end with pom." in said
 
 
 def test_the_toy_world_depends_on_the_seed_alone_and_stays_as_it_is():
@@ -503,7 +503,7 @@ def test_the_toy_world_depends_on_the_seed_alone_and_stays_as_it_is():
     tasks = list(chain(*toy_world(0, tasks=200)[:3]))
     text = json.dumps([[task.name, task.definition, task.examples, task.instances] for task in tasks])
     digest = hashlib.sha256((text + toy_tokenizer().to_str()).encode())
-    assert digest.hexdigest() == "b3a66c3876bad65e2f05a3023952f5161a4375ca3bbdde471ecd6195f0720165"
+    assert digest.hexdigest() == "671996ec3e328f0e18e04149239a90dbf2607f5bcb587d7cd79a1374d0fe646b"
     assert toy_world(1, tasks=9).train != toy_world(0, tasks=9).train
 
 
