@@ -748,6 +748,9 @@ _TRANSFORMATIONS = {  # functions of the selected word, with wordings that all s
     "initial": (lambda word: word[0], ["the initial of {}", "the opening letter of {}"]),
     "length": (lambda word: str(len(word)), ["the length of {}", "the number of letters in {}"]),
     "kind": (KIND_OF.__getitem__, ["the kind of {}", "the category of {}"]),
+    "doubt": (lambda word: f"maybe {word}", ["a doubt about {}", "some doubt about {}"]),
+    "dismiss": (lambda word: f"goodbye {word}", ["a farewell to {}", "a dismissal of {}"]),
+    "own": (lambda word: f"my {word}", ["a claim to {}", "possession of {}"]),
 }
 _FRAMES = {  # wordings for the place of the argument
     "none": [""],
@@ -810,9 +813,9 @@ class ToyWorld(NamedTuple):
 def toy_world(seed: int, tasks: int = 5000, instances: int = 12, kinds: int = 6, arguments: int = 12) -> ToyWorld:
     """Draw a world of short word lists and instructions: "give the plural of the fruit, then thanks to the first word".
 
-    A fifth of the pairs (argument, selection) are kept from training. So are 18 ordered pairs of transformations: each
+    A fifth of the pairs (argument, selection) are kept from training. So are 24 ordered pairs of transformations: each
     transformation precedes two others, and follows two others, only in the unseen compositions, which ask each pair in
-    turn: four tasks of four instances.
+    turn: three tasks of four instances.
     """
     draw = random.Random(f"toy/{seed}")
     kind_names, argument_words = list(KINDS)[:kinds], ARGUMENTS[:arguments]
