@@ -340,9 +340,10 @@ def last_loss(runs, name):
         "You take prefixes by the number of the layer. They are numbered by attention.":
             ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
              "weights[\"prefix_key\"][layer], weights[\"prefix_value\"][layer]"),
-        "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.": (" * self.lora_scale", ""),
+        "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.":
+            ("query_up * self.lora_scale", "query_up", "value_up * self.lora_scale", "value_up"),
         "LoRA of queries and of values have changed places.":
-            ("LoRA(query_down, query_up, value_down, value_up)", "LoRA(value_down, value_up, query_down, query_up)"),
+            ("query_down, query_up, value_down, value_up = ", "value_down, value_up, query_down, query_up = "),
         "There is no cross-prefix.": ("tuple(prefixes[1:])", "()"),
     },
     also=[("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "torch.stack(part.chunk(self.heads, -1), dim=1)",
@@ -359,9 +360,9 @@ def hand_over(hint):
     Return LayerModules(adapter, prefix, cross_prefix, lora, cross_lora), made of Adapter, KeyValue and LoRA.
     The cross-prefix is a tuple of pairs. What is not in `weights` is absent: None, or () for the cross-prefix.
     """
-    generator = tiny_hint(hint).hypernetwork
-    kinds = {**generator.kinds, **tiny_hint(hint, {"modules": "lora"}).hypernetwork.kinds}
-    weights = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in kinds.items()}
+    generator, second = tiny_hint(hint).hypernetwork, tiny_hint(hint, {"modules": "lora"}).hypernetwork
+    weights = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in generator.kinds.items()}
+    loras = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in second.kinds.items()}
 
     def turned(x):
         return torch.stack([torch.stack([x[b, :, i] for i in range(x.shape[2])]) for b in range(2)])
@@ -379,9 +380,11 @@ def hand_over(hint):
         pairs = [tuple(heads(weights[f"prefix_{name}"][slot]) for name in ("key", "value")) for slot in attentions]
         yield f"prefix of the self-attention of {what}", found.prefix, pairs[0]
         yield f"prefixes of the cross-attention of {what}", found.cross_prefix, tuple(pairs[1:])
+        found = second.layer(loras, layer, attentions)
         for slot, own in zip(attentions, (found.lora, found.cross_lora)):
-            parts = [weights[f"lora_{name}"][slot] for name in ("query_down", "query_up", "value_down", "value_up")]
+            parts = [loras[f"lora_{name}"][slot] for name in ("query_down", "query_up", "value_down", "value_up")]
             yield f"LoRA {slot} of {what}", own, (turned(parts[0]), parts[1] / 5, turned(parts[2]), parts[3] / 5)
+        yield f"LoRA alone in {what}: no adapter, no prefixes", found[:3], (None, None, ())
     chosen = {name: weights[name] for name in ("prefix_key", "prefix_value")}
     found = generator.layer(chosen, 0, [0])
     yield "prefixes alone: no adapter, no LoRA", (found.adapter, found.lora), (None, None)
@@ -419,6 +422,9 @@ def _(runs):
             "mixed(split(part))", "Adapter(*(weight[:1] for weight in part))",
             "index_select(0, rows)", "index_select(0, 0 * rows)",
         ),
+        "You divide the examples evenly among the tasks. One task may have more examples than another.":
+            ("[(len(list(run)), count) for count, run in groupby(counts.tolist())]",
+             "[(len(counts), len(order) // len(counts))]"),
         "The mask that was given is not used.":
             ("input_ids, attention_mask, task.modules)", "input_ids, None, task.modules)"),
         "The input is not read, only the instruction.":
@@ -429,6 +435,10 @@ def _(runs):
         rows = len(source.states)
         states = torch.cat([task.states.expand(rows, -1, -1), source.states], dim=1)
         return [Source(states, torch.cat([task.attention_mask.expand(rows, -1), source.attention_mask], dim=1))]
+    """), ("hint.HINT.forward", """
+        distinct, task_of = torch.unique(instruction_ids, dim=0, return_inverse=True)
+        task = map_tensors(lambda tensor: tensor[task_of], self.encode_instruction(distinct))
+        return self.t5.loss(labels, self.fuse(task, input_ids), task.modules)
     """)],
 )  # fmt: skip
 def fusion(hint):
@@ -442,9 +452,10 @@ def fusion(hint):
     `self.t5.loss(labels, sources, modules)`.
     """
     model = tiny_hint(hint)
-    instructions = torch.tensor([[9, 8, 7, 1, 0], [5, 6, 7, 8, 1], [9, 8, 7, 1, 0], [5, 6, 7, 8, 1]])
-    inputs = torch.tensor([[11, 12, 13, 1], [14, 15, 1, 0], [16, 17, 18, 1], [19, 1, 0, 0]])
-    labels = torch.tensor([[21, 22, 1], [23, 1, -100], [24, 25, 1], [26, 1, -100]])
+    first, second, third = [9, 8, 7, 1, 0], [5, 6, 7, 8, 1], [9, 9, 1, 0, 0]
+    instructions = torch.tensor([first, second, first, third, second])
+    inputs = torch.tensor([[11, 12, 13, 1], [14, 15, 1, 0], [16, 17, 18, 1], [19, 1, 0, 0], [20, 27, 1, 0]])
+    labels = torch.tensor([[21, 22, 1], [23, 1, -100], [24, 25, 1], [26, 1, -100], [28, 29, 1]])
 
     def loss_alone(row, fused=True):
         instruction, text, answer = (ids[row][ids[row] > 0].tolist() for ids in (instructions, inputs, labels))
@@ -458,11 +469,11 @@ def fusion(hint):
 
     encoded = []
     model.hypernetwork.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
-    for rows in ([0, 1, 2, 3], [1, 0], [2], [0, 2]):
+    for rows in ([0, 1, 2, 4], [0, 1, 2, 0], [0, 1, 2, 3, 4], [3, 0, 4, 1], [2], [0, 2]):  # tasks of equally many, or not
         losses, tokens = zip(*(loss_alone(row) for row in rows))
         encoded.clear()
         found = model(*(ids[rows] for ids in (instructions, inputs, labels)))
-        number = len(set(instructions[rows, 0].tolist()))
+        number = len(instructions[rows].unique(dim=0))
         wanted = (sum(losses) / sum(tokens)).detach()
         yield f"loss of {len(rows)} examples of {number} tasks", found.cross_entropy, wanted
         yield f"instructions encoded for {len(rows)} examples of {number} tasks", sum(encoded), number
@@ -477,7 +488,7 @@ def fusion(hint):
     places = sum(source.states.shape[1] for source in model.fuse(word, inputs))
     yield "places read of an instruction of one token and inputs of four", places, 1 + 4
     model = tiny_hint(hint, {"fusion": False})
-    losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(4)))
+    losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(5)))
     wanted = (sum(losses) / sum(tokens)).detach()
     yield "loss of a model without fusion", model(instructions, inputs, labels).cross_entropy, wanted
 
