@@ -469,7 +469,7 @@ def fusion(hint):
 
     encoded = []
     model.hypernetwork.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
-    for rows in ([0, 1, 2, 4], [0, 1, 2, 0], [0, 1, 2, 3, 4], [3, 0, 4, 1], [2], [0, 2]):  # tasks of equally many, or not
+    for rows in ([0, 1, 2, 4], [0, 1, 2, 0], [0, 1, 2, 3, 4], [3, 0, 4, 1], [2], [0, 2]):
         losses, tokens = zip(*(loss_alone(row) for row in rows))
         encoded.clear()
         found = model(*(ids[rows] for ids in (instructions, inputs, labels)))
