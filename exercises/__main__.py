@@ -89,10 +89,9 @@ def solution(exercise: Exercise) -> None:
 
 def run(exercise: Exercise, which: str = "", steps: str = "400") -> None:
     """Train the demo with the project's own function, the student's, or a near miss in its place."""
-    near = {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
-    if which == "own":
-        attempt = {}
-    elif which == "mine":
+    near = {"own": ("the project's own lines", ())}
+    near |= {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
+    if which == "mine":
         attempt = read_attempt(exercise, own_file(exercise).read_text("utf-8-sig", "replace"))
     elif which in near:
         attempt = edited(exercise, near[which][1])

@@ -60,8 +60,7 @@ class Exercise:
     def __call__(self, cases: Callable) -> Exercise:
         self.cases, self.name, self.task = cases, cases.__name__.replace("_", "-"), inspect.getdoc(cases)
         if self.calls:
-            calls = textwrap.fill(f"You may call {', '.join(self.calls)}.", 118)
-            self.task += f"\n\nWrite assignments and one return.\n{calls}"
+            self.task += f"\n\nUse assignments, one return and these calls:\n{textwrap.fill(', '.join(self.calls), 118)}"
         REGISTRY[self.name] = self
         return self
 
@@ -165,6 +164,8 @@ def read_attempt(exercise: Exercise, text: str) -> dict[str, str]:
         raise NotYet(f"Python cannot read your file: {error}\n  {(getattr(error, 'text', '') or '').strip()}") from None
     paths = {target: target.partition(".")[2] for target in exercise.targets}
     attempt = {target: cut(text, path) for target, path in paths.items()}
+    if any(BLANK in function for function in attempt.values()):
+        raise NotYet(f"Your turn: write code in place of `{BLANK}`.")
     heads = {*MODULES, *(path.partition(".")[0] for path in paths.values())}  # functions, and classes of methods
     others = [node for node in tree.body if not {getattr(node, "name", ""), getattr(node, "module", "")} & heads]
     helpers = [node for node in others if not isinstance(node, ast.Expr)]
@@ -173,7 +174,7 @@ def read_attempt(exercise: Exercise, text: str) -> dict[str, str]:
         nodes = [node for line in lines for node in ast.walk(line)]
         used = {type(node).__name__ for node in nodes if isinstance(node, (ast.stmt, ast.comprehension, ast.Lambda))}
         used |= {ast.unparse(node.func).rpartition(".")[2] for node in nodes if isinstance(node, ast.Call)}
-        if refused := used - {"Assign", "Return", "Expr", "Raise", "NotImplementedError", *exercise.calls}:
+        if refused := used - {"Assign", "Return", "Expr", *exercise.calls}:
             raise NotYet(f"A puzzle holds assignments, one return and the calls it names, not {', '.join(refused)}.")
     return {**attempt, HELPERS: "\n\n".join(map(ast.unparse, helpers))}
 

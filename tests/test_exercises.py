@@ -125,6 +125,36 @@ def test_what_is_wrong_is_said_in_a_sentence(text, sentence):
 
 
 @pytest.mark.parametrize(
+    ("lines", "refused"),
+    [
+        ("return sum([attention_mask])", "not sum"),
+        ("for b in attention_mask:\n        return b", "not For"),
+        ("return [b for b in attention_mask]", "not comprehension"),
+        ("return float(attention_mask)\ndef float(mask):\n    return mask", "not FunctionDef"),
+    ],
+)
+def test_a_puzzle_refuses(lines, refused):
+    text = f"def padding_bias(attention_mask):\n    {lines}\n"
+    assert refused in mechanics.judge(EXERCISES["hide-padding"], text)[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "sentence"),
+    [
+        ("spread = 1\ndivided = largest = 1 / 8", True, "divided: right. You: 0.125. Measured: 0.124"),
+        ("spread = 64\ndivided = largest = 1 / 8", False, "spread: not this time. You: 64."),
+        ("spread = 64\ndivided = largest = 1 / 8", False, "64 is k: the variance"),
+        ("spread = 1\ndivided = largest = 'a'", False, "You: 'a'"),
+        ("spread = 1\ndivided = None", False, "Answer every question first; still None: divided, largest."),
+        ("spread = sqrt(64)", False, "Your code stops with NameError: name 'sqrt' is not defined"),
+    ],
+)
+def test_answers_are_compared_with_what_is_measured(answers, right, sentence):
+    found, said = mechanics.judge(EXERCISES["unscaled"], answers)
+    assert found == right and sentence in said
+
+
+@pytest.mark.parametrize(
     "text",
     [
         RIGHT,
@@ -160,7 +190,8 @@ def test_a_check_runs_in_a_process_of_its_own(tmp_path, text, right, sentence):
 
 def test_a_loop_without_an_end_that_prints_without_an_end(tmp_path):
     path = tmp_path / "adapter.py"
-    path.write_text(SIGNATURE + "        import time\n        while True:\n            print('x' * 10**4, time.sleep(0.001))\n", "utf-8")
+    text = body("import time\n        while True:\n            print('x' * 10**4, time.sleep(0.001))")
+    path.write_text(text, "utf-8")
     assert main.judged(ADAPTER, path, limit=6) == (
         False, "No result after 6 seconds. Does a loop in your code never end?"
     )  # fmt: skip
@@ -175,7 +206,7 @@ def test_a_student_goes_from_start_to_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(main, "judged", lambda exercise, path: mechanics.judge(exercise, path.read_text("utf-8")))
     with pytest.raises(SystemExit, match="1"):
         main.main("check", "adapter")
-    assert "your turn" in capsys.readouterr().out
+    assert "Your turn" in capsys.readouterr().out
     monkeypatch.setattr(main, "judged", lambda exercise, path: (True, ""))
     main.main("check", "adapter")
     main.main("path", "half-day")
