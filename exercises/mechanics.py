@@ -60,7 +60,7 @@ class Exercise:
     def __call__(self, cases: Callable) -> Exercise:
         self.cases, self.name, self.task = cases, cases.__name__.replace("_", "-"), inspect.getdoc(cases)
         if self.calls:
-            self.task += f"\n\nUse assignments, one return and these calls:\n{textwrap.fill(', '.join(self.calls), 118)}"
+            self.task += f"\n\nUse assignments, a return, and these calls:\n{textwrap.fill(', '.join(self.calls), 118)}"
         REGISTRY[self.name] = self
         return self
 

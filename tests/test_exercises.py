@@ -111,6 +111,7 @@ def body(text: str) -> str:
         ("def other():\n    return 1\n", "The function Adapter.__call__ is missing in your file."),
         ("", "The function Adapter.__call__ is missing"),
         (body("raise SystemExit(0)"), "Your code stops with SystemExit"),
+        (RIGHT.replace("x = u", "x = u if len(self.down) == 4 else exit(0)"), "Your code stops with SystemExit"),
         (body("return u.no_such_thing"), "Line 3 of your file: return u.no_such_thing"),
         (body("return u"), "Not yet right: adapters of 4 tasks for four rows."),
         (body("return 1.0"), "Found 1, wanted a tensor [4, 5, 6] of float32"),
