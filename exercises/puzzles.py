@@ -24,8 +24,7 @@ from small import tiny_hint
             ("(attention_mask == 0)[:, None, None, :] * MASKED",
              "torch.where(attention_mask[:, None, None, :] == 0, -torch.inf, 0.0)"),
         "One axis is missing: the bias must have an axis for heads and an axis for queries.": ("None, None", "None"),
-        "The scores of padding go down by 1 only. Multiply by MASKED.":
-            ("(attention_mask == 0)[:, None, None, :] * MASKED", "(attention_mask - 1.0)[:, None, None, :]"),
+        "The scores of padding go down by 1 only. Multiply by MASKED.": ("* MASKED", "* -1.0"),
         "Padding gets 1 and tokens 0, so that padding is preferred. Multiply by MASKED.": ("* MASKED", "* 1.0"),
         "Your bias is negative, but it is not MASKED: scores may be larger.": ("* MASKED", "* -1e4"),
         "Your bias is huge and positive: padding gets all the weight.": ("* MASKED", "* -MASKED"),

@@ -360,13 +360,10 @@ def hand_over(hint):
     loras = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in second.kinds.items()}
 
     def turned(x):
-        return torch.stack([torch.stack([x[b, :, i] for i in range(x.shape[2])]) for b in range(2)])
+        return torch.stack([x[:, column] for column in range(x.shape[1])], dim=2)
 
     def heads(x):
-        wanted = torch.zeros(2, 3, 4, 10)
-        for b, h, place, i in itertools.product(range(2), range(3), range(4), range(10)):
-            wanted[b, h, place, i] = x[b, place, 10 * h + i]
-        return wanted
+        return torch.stack([x[:, :, 10 * h : 10 * h + 10] for h in range(3)], dim=1)
 
     for what, layer, attentions in (("an encoder layer", 1, [1]), ("a decoder layer", 3, [4, 5])):
         found = generator.layer(weights, layer, attentions)
