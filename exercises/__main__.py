@@ -10,21 +10,15 @@
     python exercises audit [--mutants] [NAME ...]           for authors: prove that the checks find errors
 """
 
-from __future__ import annotations
-
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from mechanics import (
-    HERE, MINE, ROOT, Exercise, NotYet, all_exercises, edited, judge, load, locate, own_functions, read_attempt, source,
-    span, working_file,
-)  # fmt: skip
+from audit import audit_all
+from mechanics import HERE, MINE, ROOT, Exercise, all_exercises, edited, judge, load, read_attempt, source, working_file
 
-LIMIT = 60  # seconds for a check
 PATHS = dict(path.split(":") for path in (HERE / "paths.txt").read_text("utf-8").split("\n\n"))
 
 
@@ -32,50 +26,46 @@ def show(exercises: list[Exercise]) -> None:
     """List exercises: done or not, kind, level, minutes, and the paper's section."""
     done = {path.stem for path in MINE.glob("*.done")}
     for exercise in exercises:
-        mark = "x" if exercise.name in done else " "
         about = f"{exercise.kind:8} level {exercise.level}  {exercise.minutes:3} min  {exercise.paper}"
-        print(f"  [{mark}] {exercise.name:28} {about}")
+        print(f"  [{'x' if exercise.name in done else ' '}] {exercise.name:28} {about}")
     left = [exercise.minutes for exercise in exercises if exercise.name not in done]
     print(f"\n{len(left)} of {len(exercises)} exercises to do, about {sum(left)} minutes: python exercises start NAME")
 
 
-def own_file(exercise: Exercise) -> Path:
-    """Path of the student's file of an exercise; without one, say how to begin."""
-    path = MINE / f"{exercise.name}.py"
-    if not path.is_file():
-        sys.exit(f"There is no {path} yet: python exercises start {exercise.name}")
-    return path
-
-
 def start(exercise: Exercise) -> None:
     """Write the file of an exercise; never overwrite one."""
-    path = MINE / f"{exercise.name}.py"
-    if path.exists():
-        sys.exit(f"{path} is there already. To begin anew, rename or remove that file.")
+    path = own_file(exercise, begun=False)
     MINE.mkdir(exist_ok=True)
     path.write_text(working_file(exercise), "utf-8")
     print(f"{exercise.task}\n\nYour file: {path}\nThen: python exercises check {exercise.name}")
 
 
-def judged(exercise: Exercise, path: Path, limit: float = LIMIT) -> tuple[bool, str]:
-    """Check a file in a process of its own -> whether it passes, and what to tell its author."""
+def own_file(exercise: Exercise, begun: bool = True) -> Path:
+    """Path of the student's file of an exercise, which must be there already, or not yet."""
+    path = MINE / f"{exercise.name}.py"
+    if path.exists() != begun:
+        no_file = f"There is no {path} yet: python exercises start {exercise.name}"
+        sys.exit(no_file if begun else f"{path} is there already. To begin anew, rename or remove that file.")
+    return path
+
+
+def judged(exercise: Exercise, path: Path, limit: float = 60) -> tuple[bool, str]:
+    """Check a file in a process of its own, for some seconds -> whether it passes, and what to tell its author."""
     with tempfile.TemporaryDirectory() as folder:
         verdict = Path(folder, "verdict.json")  # no exit status: that may come from the student's own code
         command = [sys.executable, str(HERE), "judge", exercise.name, str(path.resolve()), str(verdict)]
-        silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
-            status = subprocess.run(command, timeout=limit, **silent).returncode
+            status = subprocess.run(command, timeout=limit, stdin=subprocess.DEVNULL).returncode
         except subprocess.TimeoutExpired:
-            return False, f"No result after {limit:g} seconds. Does a loop in your code never end?"
+            return False, f"No result after {limit} seconds. Does a loop in your code never end?"
         if not verdict.is_file():
             return False, f"Your code ended the whole program (status {status}) before the check was over."
         return tuple(json.loads(verdict.read_text("utf-8")))
 
 
-def judge_and_exit(exercise: Exercise, path: str, verdict: str) -> None:
+def judge_here(exercise: Exercise, path: str, verdict: str) -> None:
     """Check a file in this process, and write the verdict."""
     Path(verdict).write_text(json.dumps(judge(exercise, Path(path).read_text("utf-8-sig", "replace"))), "utf-8")
-    os._exit(0)  # nothing that the student's code has registered runs at the end
 
 
 def check(exercise: Exercise) -> None:
@@ -90,33 +80,30 @@ def check(exercise: Exercise) -> None:
 
 def solution(exercise: Exercise) -> None:
     """Print the project's own lines of the targets, with file and line."""
-    for target, text in own_functions(exercise).items():
-        module, _, path = target.partition(".")
-        print(f"{module}.py, line {span(locate(source(module), path)).start + 1}:\n\n{text}\n")
+    for target, text in edited(exercise).items():
+        module = target.split(".")[0]
+        line = source(module).partition(text)[0].count("\n") + 1
+        print(f"{module}.py, line {line}:\n\n{text}\n")
     print(exercise.why)
 
 
 def run(exercise: Exercise, which: str = "", steps: str = "400") -> None:
     """Train the demo with the project's own function, the student's, or a near miss in its place."""
-    near = {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
-    if which in near:
-        attempt = edited(exercise, near[which][1])
-    elif which == "mine":
+    near = {"own": ("the project's own lines", ())}
+    near |= {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
+    if which == "mine":
         attempt = read_attempt(exercise, own_file(exercise).read_text("utf-8-sig", "replace"))
-    elif which == "own":
-        attempt = {}
+    elif which in near:
+        attempt = edited(exercise, near[which][1])
     else:
-        sys.exit("\n".join(f"{number:>3}  {sentence}" for number, (sentence, _) in near.items())
-                 + f"\n\npython exercises run {exercise.name} own|mine|NUMBER [STEPS]")  # fmt: skip
-    out = ROOT / "runs" / "exercises" / f"{exercise.name}-{which}-{steps}"
-    if out.exists():
-        sys.exit(f"{out} is there already.")
+        misses = "".join(f"{number:>3}  {sentence}\n" for number, (sentence, _) in near.items())
+        sys.exit(f"{misses}\npython exercises run {exercise.name} own|mine|NUMBER [STEPS]")
     train = load(["train"], attempt)["train"]
     train.DEFAULTS["demo"]["steps"] = int(steps)  # the demo has no option for it
-    train.main(["demo", "--out", str(out)])
+    train.main(["demo", "--out", str(ROOT / "runs" / "exercises" / f"{exercise.name}-{which}-{steps}")])
 
 
-COMMANDS = {"start": start, "check": check, "judge": judge_and_exit, "solution": solution, "run": run}
+COMMANDS = {"start": start, "check": check, "judge": judge_here, "solution": solution, "run": run}
 COMMANDS["hint"] = lambda exercise: print(exercise.hint)
 
 
@@ -129,18 +116,11 @@ def main(command: str = "list", *words: str) -> None:
     elif command == "path" and words and words[0] in PATHS:
         show([exercises[name] for name in PATHS[words[0]].split()])
     elif command == "audit":
-        from audit import audit_all
-
         sys.exit(audit_all(words))
-    elif command not in COMMANDS:
-        sys.exit(__doc__)
-    elif not words or words[0] not in exercises:
-        sys.exit(f"{command}: name an exercise of the list: python exercises")
+    elif command in COMMANDS and words and words[0] in exercises:
+        COMMANDS[command](exercises[words[0]], *words[1:])
     else:
-        try:
-            COMMANDS[command](exercises[words[0]], *words[1:])
-        except NotYet as error:
-            sys.exit(str(error))
+        sys.exit(f"{__doc__}\nNAME is one of the list.")
 
 
 if __name__ == "__main__":

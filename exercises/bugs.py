@@ -112,21 +112,17 @@ def _(hint):
             (".masked_fill(ended[:, None], PAD)", ""),
         "A row counts as ended one step too late, so that a token follows its </s>.":
             ("ended = ended | (token[:, 0] == EOS)", "ended = ended | (answer[going, position - 1] == EOS)"),
-        "The cache has one place too few.": ("new_zeros(2, batch, heads, max_new_tokens, width)",
-                                             "new_zeros(2, batch, heads, max_new_tokens - 1, width)"),
+        "The cache has one place too few.": ("2, batch, heads, max_new_tokens", "2, batch, heads, max_new_tokens - 1"),
         "Rows are mixed up when others leave: an answer is written to a wrong row.":
             ("going, token, ended = going[rows], token[rows], ended[rows]",
              "going, token, ended = going[: len(rows)], token[rows], ended[rows]"),
-        "When rows leave, the others go on with a wrong row's last token.":
-            ("going, token, ended = going[rows], token[rows], ended[rows]",
-             "going, token, ended = going[rows], token[: len(rows)], ended[rows]"),
+        "When rows leave, the others go on with a wrong row's last token.": ("token[rows]", "token[: len(rows)]"),
         "When rows leave, the caches of the others are those of wrong rows.":
             ("select_rows((bias, layers), rows)", "select_rows((bias, layers), torch.arange(len(rows)))"),
         "New keys and values are written over the oldest places, not into the newest.":
             ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
         "A step sees the new token alone, not the tokens before it.": ("return KeyValue(*self)", "return new"),
-        "The values of new tokens are written over their keys.":
-            ("for room, x in zip(self, new):", "for room, x in zip((self[0], self[0]), new):"),
+        "The values of new tokens are written over their keys.": ("zip(self, new):", "zip((self[0], self[0]), new):"),
         "The decoder does not see the generated prefix.":
             ("room if layer.prefix is None else layer.prefix.before(room)", "room"),
         "The generated prefix stands after the room for tokens, not before it.":
@@ -134,13 +130,9 @@ def _(hint):
              "(torch.cat([x, p.expand(batch, -1, -1, -1)], 2) for x, p in zip(room, layer.prefix))"),
         "The generated modules of the decoder are not used.":
             ("modules.decoder[number] if modules else LayerModules()", "LayerModules()"),
-        "The padding of the sources is visible.":
-            ("bias = max(len(source.states) for source in sources), source_bias(sources)",
-             "bias = max(len(source.states) for source in sources), 0 * source_bias(sources)"),
-        "The first token is </s>. T5 starts with START, id 0.":
-            ("torch.full((batch, 1), START", "torch.full((batch, 1), EOS"),
-        "The answer is cut off before its last token.":
-            ("answer[:, : position + 1]", "answer[:, :position]"),
+        "The padding of the sources is visible.": ("source_bias(sources)", "0 * source_bias(sources)"),
+        "The first token is </s>. T5 starts with START, id 0.": ("(batch, 1), START", "(batch, 1), EOS"),
+        "The answer is cut off before its last token.": ("answer[:, : position + 1]", "answer[:, :position]"),
     },
     also=[("positions[..., unwritten:]",
            "self.decoder.relative_bias(1, max_new_tokens - unwritten, max_new_tokens - unwritten - 1)")],
@@ -208,8 +200,7 @@ def _(hint):
         "A text that is cut has one token too few.": ("[*ids[: max_length - 1], EOS]", "[*ids[: max_length - 2], EOS]"),
         "A text that fits has lost a token, or has two </s>.":
             ("ids if len(ids) <= max_length else [*ids[: max_length - 1], EOS]", "[*ids[: max_length - 1], EOS]"),
-        "The beginning of the text is lost, not its end.":
-            ("[*ids[: max_length - 1], EOS]", "ids[-max_length:]"),
+        "The beginning of the text is lost, not its end.": ("[*ids[: max_length - 1], EOS]", "ids[-max_length:]"),
         "Tk-Instruct's query is lost: the instance and `Output:` at the end of the prompt.":
             ("ids = self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids",
              "ids = cut(self.tokenizer.encode(before + query).ids, self.max_input)"),
@@ -220,8 +211,7 @@ def _(hint):
              "encode(before).ids[:-1][len(self.tokenizer.encode(before).ids) - 1 - self.max_input + len(ids) :]"),
         "`Output:` is lost where the query alone is too long.":
             ("question[:-1][: self.max_input - len(output)] + output", "cut(question[:-1] + output, self.max_input)"),
-        "A </s> stands inside the prompt, before `Output:`.":
-            ("question[:-1][: self.max_input - len(output)]", "question[: self.max_input - len(output)]"),
+        "A </s> stands inside the prompt, before `Output:`.": ("question[:-1]", "question"),
         "An example too many is in HINT's instruction, and the definition is cut.":
             ("<= self.max_instruction", "<= self.max_instruction + 1"),
         "An example that fits exactly is left out of HINT's instruction.":
@@ -324,8 +314,7 @@ def _(t5):
             ("self.position += count", "self.position += count + 1"),
         "A new object begins at position 0, also when another position is given.":
             ("self.position = position", "self.position = 0"),
-        "The first order of this object is used for all epochs.":
-            ("if epoch != self._epoch:", "if not self._order:"),
+        "The first order of this object is used for all epochs.": ("if epoch != self._epoch:", "if not self._order:"),
         "The names are those of other examples.": ("self._names[place] if", "self._names[place - 1] if"),
     },
     also=[('random.Random(f"{self.seed}/{epoch}").shuffle(groups)',
@@ -399,10 +388,8 @@ def _(data):
             ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
         "There is no dropout in the attention now.":
             ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
-        "The attention's rate is 0.1, whatever the config says.":
-            ("nn.Dropout(config.dropout_rate)", "nn.Dropout(0.1)"),
-        "The attention's rate is that of keeping, not of dropping.":
-            ("nn.Dropout(config.dropout_rate)", "nn.Dropout(1 - config.dropout_rate)"),
+        "The attention's rate is 0.1, whatever the config says.": ("Dropout(config.dropout_rate)", "Dropout(0.1)"),
+        "The attention's rate is that of keeping, not of dropping.": ("config.dropout_rate", "1 - config.dropout_rate"),
         "The attention drops numbers of the result, not weights.":
             ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)",
              "return sum(torch.einsum(", "return dropout(sum(torch.einsum(",

@@ -9,14 +9,13 @@ import ast
 import copy
 import importlib
 import inspect
-import io
 import itertools
 import linecache
 import random
+import re
 import sys
 import textwrap
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,13 +28,14 @@ HERE = Path(__file__).resolve().parent
 ROOT, MINE = HERE.parent, HERE / "mine"
 MODULES = ("t5", "data", "hypernet", "hint", "train")  # none imports another to its right
 REGISTRY: dict[str, Exercise] = {}
-HELPERS = "helpers"  # the name under which an attempt holds what goes behind the text of the modules
-YOUR_TURN = "your turn"
+HELPERS = "helpers"  # key of an attempt: the text that is appended to the modules
+BLANK = 'raise NotImplementedError("your turn")'
 STILL_THERE = "The bug is still there: your functions do what the functions did when you got them."
+parse = lru_cache(maxsize=64)(ast.parse)  # the trees are only read
 sys.path.insert(0, str(ROOT))  # these five modules, whatever else is installed
 
 
-class NotYet(Exception):
+class NotYet(SystemExit):
     """A file cannot be judged yet; the message says what to do first."""
 
 
@@ -60,8 +60,7 @@ class Exercise:
     def __call__(self, cases: Callable) -> Exercise:
         self.cases, self.name, self.task = cases, cases.__name__.replace("_", "-"), inspect.getdoc(cases)
         if self.calls:
-            rule = f"Write assignments and one return. You may call {', '.join(self.calls)}."
-            self.task += f"\n\n{textwrap.fill(rule, 118)}"
+            self.task += f"\n\nUse assignments, a return, and these calls:\n{textwrap.fill(', '.join(self.calls), 118)}"
         REGISTRY[self.name] = self
         return self
 
@@ -72,9 +71,9 @@ class Exercise:
     @property
     def near_misses(self) -> list[tuple[str, tuple]]:
         """Every near miss with its sentence; `run` numbers them from 1."""
-        planted = [(STILL_THERE, self.bug)] if self.bug else []
-        lists = [(text, edits if isinstance(edits, list) else [edits]) for text, edits in self.near.items()]
-        return planted + [(text, edit) for text, edits in lists for edit in edits]
+        near = {STILL_THERE: self.bug, **self.near} if self.bug else self.near
+        lists = [(text, edits if isinstance(edits, list) else [edits]) for text, edits in near.items()]
+        return [(text, edit) for text, edits in lists for edit in edits]
 
 
 exercise = Exercise  # read as a decorator: @exercise("rebuild", ...)
@@ -87,55 +86,50 @@ def all_exercises() -> dict[str, Exercise]:
     return REGISTRY
 
 
-parse = lru_cache(maxsize=64)(ast.parse)  # the trees are only read
-
-
 def source(module: str) -> str:
     """Read the text of one of the five modules."""
     return (ROOT / f"{module}.py").read_text("utf-8")
 
 
-def locate(text: str, path: str) -> ast.FunctionDef:
-    """Find a function or class by its dotted path in a module's text. Raises IndexError."""
+def locate(text: str, path: str) -> tuple[ast.FunctionDef, slice]:
+    """Find a function or class by its dotted path -> its node, and its lines with decorators. Raises NotYet."""
     node = parse(text)
-    for name in path.split("."):  # as in Python, the last definition counts
-        node = [child for child in node.body if getattr(child, "name", None) == name][-1]
-    return node
-
-
-def span(node: ast.FunctionDef) -> slice:
-    """Lines of a function, decorators included, as a slice of the text split at line ends."""
-    return slice(min([node.lineno, *(item.lineno for item in node.decorator_list)]) - 1, node.end_lineno)
+    for name in path.split("."):
+        if not (found := [child for child in node.body if getattr(child, "name", None) == name]):
+            raise NotYet(f"The function {path} is missing in your file.")
+        node = found[-1]  # as in Python, the last definition counts
+    return node, slice(min([node.lineno, *(item.lineno for item in node.decorator_list)]) - 1, node.end_lineno)
 
 
 def cut(text: str, path: str, body: str | None = None) -> str:
     """Cut a function from a module's text, indentation included; `body`: in place of what follows its docstring."""
-    lines, node = text.split("\n"), locate(text, path)
+    lines, (node, place) = text.split("\n"), locate(text, path)
     if body is None:
-        return "\n".join(lines[span(node)])
+        return "\n".join(lines[place])
     last = node.returns if ast.get_docstring(node) is None else node.body[0]
     body = textwrap.indent(textwrap.dedent(body).strip("\n"), " " * (node.col_offset + 4))
-    return "\n".join([*lines[span(node).start : last.end_lineno], body])
+    return "\n".join([*lines[place.start : last.end_lineno], body])
 
 
 def put_back(text: str, path: str, function: str) -> str:
     """Put another text in the place of a function."""
     lines = text.split("\n")
-    lines[span(locate(text, path))] = function.split("\n")
+    lines[locate(text, path)[1]] = function.split("\n")
     return "\n".join(lines)
 
 
-def own_functions(exercise: Exercise, body: str | None = None) -> dict[str, str]:
-    """The project's text of every target; `body`: in place of its own."""
-    return {target: cut(source(target.split(".")[0]), target.partition(".")[2], body) for target in exercise.targets}
+def own_function(target: str, body: str | None = None) -> str:
+    """Cut a target from the project's text; `body`: in place of its own."""
+    module, _, path = target.partition(".")
+    return cut(source(module), path, body)
 
 
-def edited(exercise: Exercise, edit: tuple) -> dict[str, str]:
-    """Apply a near miss, a bug or another right way to the targets. Raises ValueError if the edit is stale."""
-    functions = own_functions(exercise)
+def edited(exercise: Exercise, edit: Sequence[str] = ()) -> dict[str, str]:
+    """Cut the targets and apply a near miss, a bug or another right way. Raises ValueError if the edit is stale."""
+    functions = {target: own_function(target) for target in exercise.targets}
     for old, new in zip(edit[::2], edit[1::2], strict=True):
         if old in functions:
-            functions[old] = own_functions(exercise, new)[old]
+            functions[old] = own_function(old, new)
             continue
         places = [target for target, text in functions.items() for _ in range(text.count(old))]
         if len(places) != 1:
@@ -145,114 +139,73 @@ def edited(exercise: Exercise, edit: tuple) -> dict[str, str]:
 
 
 def working_file(exercise: Exercise) -> str:
-    """Write the file that a student edits: the task, and the targets as blanks or with the bug."""
-    blank = f'raise NotImplementedError("{YOUR_TURN}")'
-    functions = edited(exercise, exercise.bug) if exercise.bug else own_functions(exercise, blank)
-    name, classes = exercise.name, set()
-    about = f"{name} ({exercise.kind}, level {exercise.level}, about {exercise.minutes} minutes). {exercise.paper}."
-    commands = f"python exercises check {name}\npython exercises hint {name}"
-    parts = [f'"""{about}\n\n{exercise.task}\n\n{commands}\n"""\n\n']
-    comment = "  # for your editor; the check puts your functions into the project's own modules\n"
-    parts += [f"from {module} import *{comment}" for module in dict.fromkeys(path.split(".")[0] for path in functions)]
-    for question, text in exercise.questions.items():
-        parts.append(textwrap.indent(textwrap.fill(text, 117), "# ") + f"\n{question} = None\n\n")
-    for target, text in functions.items():
-        module, *owner, _ = target.split(".")
-        if owner and owner[0] not in classes:  # the head of its class: docstring and fields
-            node = locate(source(module), owner[0])
-            first = next(item for item in node.body if isinstance(item, ast.FunctionDef))
-            head = "\n".join(source(module).split("\n")[span(node).start : span(first).start])
-            parts.append(f"\n\n{head.rstrip()}\n")
-            classes.add(owner[0])
-        parts.append(f"\n{text}\n" if owner else f"\n\n{text}\n")
-    return "".join(parts)
+    """Write the file that a student edits: the task, its questions, and the targets as blanks or with the bug."""
+    functions = edited(exercise, exercise.bug or [text for target in exercise.targets for text in (target, BLANK)])
+    about = f"{exercise.kind}, level {exercise.level}, about {exercise.minutes} minutes"
+    text = f'"""{exercise.name} ({about}). {exercise.paper}.\n\n{exercise.task}\n\n'
+    text += f'python exercises check {exercise.name}\npython exercises hint {exercise.name}\n"""\n\n'
+    for module in dict.fromkeys(target.split(".")[0] for target in functions):
+        text += f"from {module} import *  # for your editor; the check puts your functions into the project's modules\n"
+    for question, words in exercise.questions.items():
+        text += f"{textwrap.indent(textwrap.fill(words, 117), '# ')}\n{question} = None\n\n"
+    for target, function in functions.items():
+        owner = target.rpartition(".")[0]
+        if owner not in MODULES and f"\nclass {owner.partition('.')[2]}" not in text:  # its docstring and fields
+            text += "\n\n" + re.split(r"\n    (?=@|def )", own_function(owner))[0].rstrip() + "\n"
+        text += f"\n{function}\n" if owner not in MODULES else f"\n\n{function}\n"
+    return text
 
 
 def read_attempt(exercise: Exercise, text: str) -> dict[str, str]:
-    """Read the targets in a student's file, and its helpers. Raises NotYet."""
+    """Read a student's file: the targets, and the other lines that are needed. Raises NotYet."""
     try:
-        tree, attempt, helpers = parse(text, "your file"), {}, []
+        tree = parse(text, "your file")
     except (SyntaxError, ValueError) as error:
         raise NotYet(f"Python cannot read your file: {error}\n  {(getattr(error, 'text', '') or '').strip()}") from None
-    for target in exercise.targets:
-        path = target.partition(".")[2]
-        try:
-            function = locate(text, path)
-        except (IndexError, AttributeError):
-            raise NotYet(f"The function {path} is missing in your file.") from None
-        if YOUR_TURN in ast.unparse(function):
-            raise NotYet(f'Your turn: write code in place of `raise NotImplementedError("{YOUR_TURN}")` in {path}.')
-        attempt[target] = cut(text, path)
-    heads = [target.split(".")[1] for target in exercise.targets]  # functions, and classes of methods
-    for node in tree.body:
-        names = {getattr(node, "name", None), getattr(node, "module", None)}
-        if not isinstance(node, ast.Expr) and not names & {*heads, *MODULES}:
-            helpers.append(ast.unparse(node))
-    if exercise.kind == "puzzle" and helpers:
-        raise NotYet("A puzzle is solved inside its function: no helpers, no imports.")
-    for function in attempt.values() if exercise.kind == "puzzle" else ():
-        refuse_unless_puzzle(exercise, ast.parse(textwrap.dedent(function)).body[0])
-    return {**attempt, HELPERS: "\n\n".join(helpers)}
-
-
-def refuse_unless_puzzle(exercise: Exercise, function: ast.FunctionDef) -> None:
-    """Hold the rules of a puzzle: plain lines, and the calls that are named. Raises NotYet."""
-    for node in (node for line in function.body for node in ast.walk(line)):
-        plain = isinstance(node, (ast.Assign, ast.Return, ast.Expr))  # an Expr: the docstring
-        if isinstance(node, (ast.stmt, ast.comprehension, ast.Lambda)) and not plain:
-            raise NotYet("A puzzle holds assignments and one return: no loop, comprehension, lambda or if statement.")
-        called = getattr(node, "func", None)
-        name = getattr(called, "attr", None) or getattr(called, "id", "this call")
-        if called and name not in exercise.calls:
-            raise NotYet(f"{name} is not among the calls of this puzzle: {', '.join(exercise.calls)}.")
+    paths = {target: target.partition(".")[2] for target in exercise.targets}
+    attempt = {target: cut(text, path) for target, path in paths.items()}
+    if any(BLANK in function for function in attempt.values()):
+        raise NotYet(f"Your turn: write code in place of `{BLANK}`.")
+    heads = {*MODULES, *(path.partition(".")[0] for path in paths.values())}  # functions, and classes of methods
+    others = [node for node in tree.body if not {getattr(node, "name", ""), getattr(node, "module", "")} & heads]
+    helpers = [node for node in others if not isinstance(node, ast.Expr)]
+    if exercise.kind == "puzzle":
+        lines = helpers + [line for path in paths.values() for line in locate(text, path)[0].body]
+        nodes = [node for line in lines for node in ast.walk(line)]
+        used = {type(node).__name__ for node in nodes if isinstance(node, (ast.stmt, ast.comprehension, ast.Lambda))}
+        used |= {ast.unparse(node.func).rpartition(".")[2] for node in nodes if isinstance(node, ast.Call)}
+        if refused := used - {"Assign", "Return", "Expr", *exercise.calls}:
+            raise NotYet(f"A puzzle holds assignments, one return and the calls it names, not {', '.join(refused)}.")
+    return {**attempt, HELPERS: "\n\n".join(map(ast.unparse, helpers))}
 
 
 def load(names: list[str], attempt: dict[str, str]) -> dict[str, ModuleType]:
-    """Load modules fresh, with the functions of an attempt in place. Modules imported before stay as they were."""
-    imported = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    try:
-        for name in MODULES:
-            text = source(name)
-            for target in [target for target in attempt if target.startswith(f"{name}.")]:
-                text = put_back(text, target.partition(".")[2], attempt[target])
-            if text != source(name):
-                text += f"\n\n{attempt.get(HELPERS, '')}\n"
-                module = sys.modules[name] = ModuleType(name)
-                module.__file__ = f"<{name} with your functions>"
-                linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
-                exec(compile(text, module.__file__, "exec"), module.__dict__)
-        return {name: importlib.import_module(name) for name in names}
-    finally:
-        for name in MODULES:
-            sys.modules.pop(name, None)
-        sys.modules.update(imported)
+    """Load modules fresh, with the functions of an attempt in place."""
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    for name in MODULES:
+        text = source(name)
+        for target in [target for target in attempt if target.startswith(f"{name}.")]:
+            text = put_back(text, target.partition(".")[2], attempt[target])
+        if text != source(name):
+            text += f"\n\n{attempt.get(HELPERS, '')}\n"
+            module = sys.modules[name] = ModuleType(name)
+            module.__file__ = f"<{name} with your functions>"
+            linecache.cache[module.__file__] = (len(text), None, text.splitlines(keepends=True), module.__file__)
+            exec(compile(text, module.__file__, "exec"), module.__dict__)
+    return {name: importlib.import_module(name) for name in names}
 
 
 class Outcome(NamedTuple):
-    """What a check saw: its cases, the exception that ended it early, and the beginning of what was printed."""
+    """What a check saw: its cases, how many are right before the first wrong one, and an exception that ended it."""
 
+    passed: bool
     cases: list[tuple]  # what, found, wanted, tolerance
+    right: int
     error: BaseException | None
-    printed: str
-
-    @property
-    def wrong(self) -> tuple | None:
-        """The first case that is not as wanted."""
-        return next((case for case in self.cases if difference(*case[1:])), None)
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.cases) and self.error is None and self.wrong is None
 
 
-class Listener(io.StringIO):
-    """Keep the first 2,000 characters that are printed, and drop the rest."""
-
-    def write(self, text: str) -> int:
-        return super().write(text[: max(0, 2000 - self.tell())])
-
-
-def stream(generator: Callable, attempt: dict[str, str], runs: Path = ROOT / "runs") -> Iterator[tuple]:
+def stream(generator: Callable, attempt: dict[str, object], runs: Path = ROOT / "runs") -> Iterator[tuple]:
     """Call a generator of an exercise with the modules that it names; the seed is set before each step."""
     names = list(inspect.signature(generator).parameters)
     modules = {**load([name for name in names if name != "runs"], attempt), "runs": runs}
@@ -265,16 +218,26 @@ def stream(generator: Callable, attempt: dict[str, str], runs: Path = ROOT / "ru
         yield copied(item)
 
 
-def observe(exercise: Exercise, attempt: dict[str, str]) -> Outcome:
-    """Run the check of an exercise on an attempt."""
-    cases, error, printed = [], None, Listener()
+def observe(exercise: Exercise, attempt: dict[str, str], runs: Path = ROOT / "runs") -> Outcome:
+    """Run the check of an exercise on an attempt. Raises NotYet."""
+    cases, error, answers = [], None, {}
     try:
-        with redirect_stdout(printed), redirect_stderr(printed):
-            for item in stream(exercise.cases, attempt):
-                cases.append((*item, 1e-4)[:4])  # the tolerance may be left out
+        if exercise.questions:
+            exec(attempt[HELPERS], answers)
+            if missing := [name for name in exercise.questions if answers.get(name) is None]:
+                raise NotYet(f"Answer every question first; still None: {', '.join(missing)}.")
+        for what, *values in stream(exercise.cases, attempt, runs):
+            if exercise.questions:
+                answer, truth, margin = answers[what], *values
+                answer = answer.strip().lower() if isinstance(answer, str) else answer
+                values = (answer, truth, margin and margin / max(abs(truth), 1e-6))
+            cases.append((what, *values, 1e-4)[:4])  # the tolerance may be left out
+    except NotYet:
+        raise
     except BaseException as ended:  # SystemExit too
         error = ended
-    return Outcome(cases, error, printed.getvalue().rstrip())
+    right = agreement(cases, [(what, wanted) for what, _, wanted, _ in cases])
+    return Outcome(bool(cases) and right == len(cases) and error is None, cases, right, error)
 
 
 def copied(value: object) -> object:
@@ -289,23 +252,20 @@ def difference(found: object, wanted: object, tolerance: float) -> str:
     if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (found, wanted)):
         found, wanted = torch.tensor(float(found)), torch.tensor(float(wanted))
     if isinstance(found, tuple) and isinstance(wanted, tuple):
-        if len(found) != len(wanted):
-            return f"{len(found)} values, wanted {len(wanted)}"
-        texts = [difference(*pair, tolerance) for pair in zip(found, wanted)]
+        texts = [difference(*pair, tolerance) for pair in itertools.zip_longest(found, wanted, fillvalue="nothing")]
         return next((f"at [{number}]: {text}" for number, text in enumerate(texts) if text), "")
-    if not isinstance(found, torch.Tensor) or not isinstance(wanted, torch.Tensor):
-        same = type(found) is type(wanted) and found == wanted
-        return "" if same else f"{shown(found)}, wanted {shown(wanted)}"
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return f"{shown(found)}, wanted {shown(wanted)}"
-    first, second = found.double(), wanted.double()
-    sizes = second[second.isfinite()].abs().tolist()
-    same = torch.isclose(first, second, rtol=0, atol=tolerance * max([*sizes, 1e-6]), equal_nan=True)
-    if same.all():
+    tensors, place = [value for value in (found, wanted) if isinstance(value, torch.Tensor)], ()
+    if len(tensors) == 2 and found.shape == wanted.shape and found.dtype == wanted.dtype:
+        first, second = found.double(), wanted.double()
+        sizes = second[second.isfinite()].abs().tolist()
+        same = torch.isclose(first, second, rtol=0, atol=tolerance * max([*sizes, 1e-6]), equal_nan=True)
+        if same.all():
+            return ""
+        place = tuple((~same).nonzero()[0].tolist())
+        found, wanted = found[place].item(), wanted[place].item()
+    elif not tensors and type(found) is type(wanted) and found == wanted:
         return ""
-    place = tuple((~same).nonzero()[0].tolist())
-    values = f"{shown(found[place].item())}, wanted {shown(wanted[place].item())}"
-    return f"{values}, at {list(place)}" if place else values
+    return f"{shown(found)}, wanted {shown(wanted)}" + (f", at {list(place)}" if place else "")
 
 
 def shown(value: object) -> str:
@@ -317,81 +277,47 @@ def shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else f"{value!r:.70}"
 
 
-def alike(first: Outcome, second: Outcome, until: int | None = None) -> bool:
-    """Tell whether two attempts behaved alike, in every case and in how they ended, or in the first `until` cases."""
-    pairs = list(zip(first.cases[:until], second.cases))
-    same_end = len(first.cases) == len(second.cases) and type(first.error) is type(second.error)
-    if not same_end if until is None else len(pairs) < until:
-        return False
-    return not any(difference(one[1], other[1], one[3]) for one, other in pairs)
+def agreement(cases: list[tuple], others: list[tuple]) -> int:
+    """Count the cases, from the first on, in which two attempts found the same."""
+    same = [not difference(one[1], other[1], one[3]) for one, other in zip(cases, others)]
+    return [*same, False].index(False)
 
 
 def judge(exercise: Exercise, text: str) -> tuple[bool, str]:
     """Check a student's file -> whether it passes, and what to tell its author."""
     try:
-        if exercise.questions:
-            return judge_answers(exercise, text)
-        text = text.expandtabs(4)
-        outcome = observe(exercise, read_attempt(exercise, text))
+        outcome = observe(exercise, read_attempt(exercise, text.expandtabs(4)))
     except NotYet as error:
         return False, str(error)
-    said = [] if outcome.passed else [explained(outcome, text), *diagnosed(exercise, outcome)]
-    if outcome.printed:
-        said.append(f"Your functions printed:\n{textwrap.indent(outcome.printed, '  ')}")
+    said = [stopped(outcome.error, text)] if outcome.error else []
+    if exercise.questions:
+        said += [judge_answer(exercise, *case)[1] for case in outcome.cases]
+    elif outcome.right < len(outcome.cases):
+        what, *values = outcome.cases[outcome.right]
+        said = [f"Not yet right: {what}.\n  Found {difference(*values)}.", *diagnosed(exercise, outcome)]
     return outcome.passed, "\n".join(said)
 
 
-def explained(outcome: Outcome, text: str) -> str:
-    """Name the first wrong case with its values, or the exception with the student's own line."""
-    if wrong := outcome.wrong:
-        what, found, *_ = wrong
-        forgotten = " Does your function return its result?" if found is None else ""
-        return f"Not yet right: {what}.\n  Found {difference(*wrong[1:])}.{forgotten}"
-    lines, error = [line.strip() for line in text.split("\n")], outcome.error
-    frames = traceback.extract_tb(error.__traceback__)
+def stopped(error: BaseException, text: str) -> str:
+    """Name an exception, with the student's own line."""
+    lines, frames = [line.strip() for line in text.split("\n")], traceback.extract_tb(error.__traceback__)
     own = [frame.line for frame in frames if "with your functions" in frame.filename and frame.line in lines]
     place = f"\n  Line {lines.index(own[-1]) + 1} of your file: {own[-1]}" if own else ""
     return f"Your code stops with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}{place}"
 
 
 def diagnosed(exercise: Exercise, outcome: Outcome) -> list[str]:
-    """Sentence of the near miss that behaves as an attempt did, in all cases or else up to the first wrong one."""
-    near = [(text, observe(exercise, edited(exercise, edit))) for text, edit in exercise.near_misses]
-    exact = [text for text, other in near if alike(outcome, other)]
-    if exact or outcome.wrong is None:
-        return exact[:1]
-    until = next(number for number, case in enumerate(outcome.cases, start=1) if case is outcome.wrong)
-    begun = {text for text, other in near if alike(outcome, other, until)}
-    return list(begun) if len(begun) == 1 else []
+    """Sentence of the near miss that agrees with an attempt for most cases, the first wrong one included."""
+    others = [(observe(exercise, edited(exercise, edit)), text) for text, edit in exercise.near_misses]
+    near = [(agreement(outcome.cases, other.cases), text) for other, text in others]
+    sentences = {text for length, text in near if length == max(near)[0] > outcome.right}
+    return list(sentences) if len(sentences) == 1 else []
 
 
-def judge_answers(exercise: Exercise, text: str) -> tuple[bool, str]:
-    """Hold the answers of a prediction against the truths, which are measured now. Raises NotYet."""
-    answers: dict[str, object] = {}
-    try:
-        exec(compile(text, "your file", "exec"), answers)
-    except Exception as error:
-        raise NotYet(f"Your file stops with {error!r:.200}") from None
-    if missing := [name for name in exercise.questions if answers.get(name) is None]:
-        raise NotYet(f"Answer every question first; still None: {', '.join(missing)}.")
-    lines, verdicts = [], []
-    for name, truth, tolerance in stream(exercise.cases, {}):
-        right, sentence = judge_answer(exercise, name, answers[name], truth, tolerance)
-        verdicts.append(right)
-        verdict = "right" if right else "not this time"
-        lines.append(f"{name}: {verdict}. You: {shown(answers[name])}. Measured: {shown(truth)}. {sentence}".rstrip())
-    return all(verdicts), "\n".join(lines)
-
-
-def judge_answer(exercise: Exercise, name: str, answer: object, truth: object, tolerance) -> tuple[bool, str]:
-    """Judge one answer -> whether it is right, and the sentence of the near miss next to it."""
-
-    def near(value: object, margin: float | None) -> bool:
-        if isinstance(value, str) or not isinstance(answer, (int, float)):
-            return str(answer).strip().lower() == value
-        return abs(answer - value) <= (0.03 * abs(value) if margin is None else margin)
-
-    if near(truth, tolerance):
-        return True, ""
-    misses = [(text, value) for text, (question, value) in exercise.near_misses if question == name]
-    return False, next((text for text, value in misses if near(value, None)), "")
+def judge_answer(exercise: Exercise, question: str, answer: object, truth: object, margin: float) -> tuple[bool, str]:
+    """Judge an answer -> whether it is right, and what to tell its author."""
+    right = not difference(answer, truth, margin)
+    misses = [(text, value) for text, (name, value) in exercise.near_misses if name == question and not right]
+    near = [text for text, value in misses if not difference(answer, value, 0.03)]
+    verdict = "right" if right else "not this time"
+    return right, " ".join([f"{question}: {verdict}. You: {shown(answer)}. Measured: {shown(truth)}.", *near[:1]])

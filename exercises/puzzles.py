@@ -23,12 +23,9 @@ from small import tiny_hint
         "Your bias is minus infinity. A row that sees nothing becomes NaN in the softmax.":
             ("(attention_mask == 0)[:, None, None, :] * MASKED",
              "torch.where(attention_mask[:, None, None, :] == 0, -torch.inf, 0.0)"),
-        "One axis is missing: the bias must have an axis for heads and an axis for queries.":
-            ("[:, None, None, :]", "[:, None, :]"),
-        "The scores of padding go down by 1 only. Multiply by MASKED.":
-            ("(attention_mask == 0)[:, None, None, :] * MASKED", "(attention_mask - 1.0)[:, None, None, :]"),
-        "Padding gets 1 and tokens 0, so that padding is preferred. Multiply by MASKED.":
-            ("(attention_mask == 0)[:, None, None, :] * MASKED", "(attention_mask == 0)[:, None, None, :] * 1.0"),
+        "One axis is missing: the bias must have an axis for heads and an axis for queries.": ("None, None", "None"),
+        "The scores of padding go down by 1 only. Multiply by MASKED.": ("* MASKED", "* -1.0"),
+        "Padding gets 1 and tokens 0, so that padding is preferred. Multiply by MASKED.": ("* MASKED", "* 1.0"),
         "Your bias is negative, but it is not MASKED: scores may be larger.": ("* MASKED", "* -1e4"),
         "Your bias is huge and positive: padding gets all the weight.": ("* MASKED", "* -MASKED"),
         "Rows and keys have changed places.": ("(attention_mask == 0)", "(attention_mask.T == 0)"),
@@ -68,8 +65,7 @@ def _(t5):
     why="Divided by all places, the mean of 3 tokens in a row of 7 shrinks to 0.43 of its size.",
     calls=["unsqueeze", "sum", "clamp", "type_as", "einsum", "where", "masked_fill", "to", "float"],
     near={
-        "You divide by all places. Divide by the number of tokens.":
-            ("weight.sum(1).clamp(min=1)", "states.shape[1]"),
+        "You divide by all places. Divide by the number of tokens.": ("weight.sum(1).clamp(min=1)", "states.shape[1]"),
         "Padding is in your sum.": ("(states * weight).sum(1)", "states.sum(1)"),
         "Your mean is taken over everything, padding included.":
             ("(states * weight).sum(1) / weight.sum(1).clamp(min=1)", "states.mean(1)"),
@@ -85,8 +81,7 @@ def _(t5):
             ("(states * weight).sum(1) / weight.sum(1).clamp(min=1)", "states[:, -1]"),
         "You average over d, not over tokens.": ("(states * weight).sum(1)", "(states * weight).sum(2)"),
         "Your mean is float32 where the states are bfloat16.": (".type_as(states)", ".float()"),
-        "You divide by the number of tokens in the whole batch.":
-            ("weight.sum(1).clamp(min=1)", "weight.sum().clamp(min=1)"),
+        "You divide by the number of tokens in the whole batch.": ("sum(1).clamp(min=1)", "sum().clamp(min=1)"),
     },
     also=[("return (states * weight).sum(1)", 'return torch.einsum("bsd,bs->bd", states, weight[..., 0])')],
 )  # fmt: skip
@@ -130,12 +125,10 @@ def _(hypernet):
         "The axes are [B, S, h, k]. Exchange S and h.": (".transpose(1, 2)", ""),
         "You exchanged the last two axes too: keys are [B, h, S, k], not [B, h, k, S].":
             (".transpose(1, 2)", ".permute(0, 2, 3, 1)"),
-        "You exchanged the axes of heads and numbers, not those of tokens and heads.":
-            (".transpose(1, 2)", ".transpose(2, 3)"),
+        "You exchanged the axes of heads and numbers, not those of tokens and heads.": ("(1, 2)", "(2, 3)"),
         "You exchanged the batch with the tokens.": (".transpose(1, 2)", ".transpose(0, 1)"),
         "You exchanged the batch with the heads.": (".transpose(1, 2)", ".permute(2, 0, 1, 3)"),
-        "You cut into k heads of h numbers. There are h heads of k numbers.":
-            ("(self.heads, -1)", "(-1, self.heads)"),
+        "You cut into k heads of h numbers. There are h heads of k numbers.": ("(self.heads, -1)", "(-1, self.heads)"),
     },
     also=[("x.unflatten(-1, (self.heads, -1)).transpose(1, 2)",
            "x.reshape(len(x), x.shape[1], self.heads, -1).permute(0, 2, 1, 3)")],
@@ -186,8 +179,7 @@ def _(t5):
             ("1 - first_query - queries, keys - first_query,", "2 - first_query - queries, keys - first_query + 1,"),
         "Each distance is too small by 1.":
             ("1 - first_query - queries, keys - first_query,", "-first_query - queries, keys - first_query - 1,"),
-        "first_query has the wrong sign.":
-            ("1 - first_query - queries, keys - first_query,", "1 + first_query - queries, keys + first_query,"),
+        "first_query has the wrong sign.": ("1 - first_query - queries, keys -", "1 + first_query - queries, keys +"),
         "You treat the decoder as an encoder, or the reverse. Use self.bidirectional.":
             ("self.bidirectional", "not self.bidirectional"),
         "The first axis, of length 1, is missing.": (".unsqueeze(0)", ""),
@@ -260,10 +252,8 @@ def _(t5):
             ("labels[:, :-1]", "labels"),
         "The logits of padding are there too. Select the places of labels.":
             ("states.index_select(0, places.to(states.device))", "states"),
-        "You selected by the decoder's padding, not by the labels' padding.":
-            ("(labels.flatten() != NO_LABEL)", "(labels.flatten() > PAD)"),
-        "Targets and states are in different orders.":
-            ("targets = labels.flatten()[places]", "targets = labels.flatten()[places].flip(0)"),
+        "You selected by the decoder's padding, not by the labels' padding.": ("!= NO_LABEL", "> PAD"),
+        "Targets and states are in different orders.": ("labels.flatten()[places]", "labels.flatten()[places].flip(0)"),
         "The generated modules are not used.": ("sources, modules).flatten", "sources, None).flatten"),
         "The targets are the decoder's input ids. They must be the labels.":
             ("targets.to(states.device)", "decoder_input_ids.flatten()[places].to(states.device)"),
@@ -383,8 +373,7 @@ def _(t5):
     why="64 rows of 1 to 100 tokens in one padded batch take 1.9 times their tokens.",
     calls=["len", "zeros", "ones", "unique", "accumulate", "cumsum", "astype", "arange", "sum", "max", "isin"],
     near={
-        "Each example pays for its own instruction. Count a distinct instruction once.":
-            ("np.zeros(len(rows), dtype=int)", "np.ones(len(rows), dtype=int)"),
+        "Each example pays for its own instruction. Count a distinct instruction once.": ("np.zeros", "np.ones"),
         "No instruction is counted.": ("first[np.unique(rows[:, 0], return_index=True)[1]] = 1", "first[:0] = 1"),
         "The first instruction alone is counted.": ("np.unique(rows[:, 0], return_index=True)[1]", "0"),
         "You count an instruction where it comes last, not where it comes first.":

@@ -18,14 +18,12 @@ BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_he
     hint="Two products and an activation between them. The block adds the residual, so the adapter does not.",
     why="The numbers generated for one instruction, p, are 4 % of the N parameters of T5 XL, and new for each task.",
     near={
-        "You add u to the result. The block has that residual already.":
-            ("view_as(u)", "view_as(u) + u"),
+        "You add u to the result. The block has that residual already.": ("view_as(u)", "view_as(u) + u"),
         "Your activation is relu. Equation (1) has gelu.": ('F.gelu(hidden, approximate="tanh")', "F.relu(hidden)"),
         "Your first bias is added after the activation. It belongs inside.":
             (" + self.down_bias",
              "", '(F.gelu(hidden, approximate="tanh")', '((F.gelu(hidden, approximate="tanh") + self.down_bias)'),
-        "Your gelu is the exact one. T5 uses its tanh approximation.":
-            ('F.gelu(hidden, approximate="tanh")', "F.gelu(hidden)"),
+        "Your gelu is the exact one. T5 uses its tanh approximation.": ('(hidden, approximate="tanh")', "(hidden)"),
         "Your second bias is missing.": (" + self.up_bias", ""),
         "Your first bias is missing.": (" + self.down_bias", ""),
         "All rows get the first adapter. In a mixed batch each task has its own.":
@@ -84,8 +82,7 @@ def _(hint):
     hint="Join the scores of all parts before the softmax, and cut the weights again after it.",
     why="A fresh score has a standard deviation of 1.0, because W_q starts small. Divided by sqrt(64), it has 0.12.",
     near={
-        "You divide the scores by sqrt(k). T5 does not.":
-            ("scores = scores + bias", "scores = scores / query.shape[-1] ** 0.5 + bias"),
+        "You divide the scores by sqrt(k). T5 does not.": ("scores + bias", "scores / query.shape[-1] ** 0.5 + bias"),
         "You take a softmax for each part. One softmax runs over the keys of all parts.": ("t5.attend", """
             lengths = [part.key.shape[2] for part in parts]
             bias = F.pad(bias, (sum(lengths) - bias.shape[-1], 0))
@@ -106,8 +103,7 @@ def _(hint):
              "return sum(", "return dropout(sum(", "zip(pieces, parts))", "zip(pieces, parts)))"),
         "The weights of one part meet the values of another.": ("zip(pieces, parts)", "zip(pieces, parts[::-1])"),
         "The prefix stands at the end of your bias. It is the first P keys.": ("(prefix, 0)", "(0, prefix)"),
-        "Your prefix is hidden. Its bias is zero.":
-            ("F.pad(bias, (prefix, 0))", "F.pad(bias, (prefix, 0), value=MASKED)"),
+        "Your prefix is hidden. Its bias is zero.": ("pad(bias, (prefix, 0))", "pad(bias, (prefix, 0), value=MASKED)"),
         "Your prefix has the bias of the first token. It has no position, so its bias is zero.":
             ("F.pad(bias, (prefix, 0))", "torch.cat([bias[..., :1].expand(*bias.shape[:-1], prefix), bias], -1)"),
     },
@@ -172,8 +168,7 @@ def _(t5):
             ("(*modules.cross_prefix, *projected)", "(*projected, *modules.cross_prefix)"),
         "The cross-prefix is missing.": ("(*modules.cross_prefix, *projected)", "tuple(projected)"),
         "The sources come in the wrong order.": ("for source in sources]", "for source in sources[::-1]]"),
-        "The LoRA of the self-attention is used. The cross-attention has its own.":
-            ("modules.cross_lora", "modules.lora"),
+        "The LoRA of the self-attention is used. The cross-attention has its own.": ("cross_lora", "lora"),
         "The LoRA of the cross-attention is not used.": (", modules.cross_lora", ""),
         "The self-attention projects the sources. The cross-attention has weights of its own.":
             ("self.cross_attention.project", "self.self_attention.project"),
@@ -340,9 +335,10 @@ def last_loss(runs, name):
         "You take prefixes by the number of the layer. They are numbered by attention.":
             ("weights[\"prefix_key\"][slot], weights[\"prefix_value\"][slot]",
              "weights[\"prefix_key\"][layer], weights[\"prefix_value\"][layer]"),
-        "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.": (" * self.lora_scale", ""),
+        "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.":
+            ("query_up * self.lora_scale", "query_up", "value_up * self.lora_scale", "value_up"),
         "LoRA of queries and of values have changed places.":
-            ("LoRA(query_down, query_up, value_down, value_up)", "LoRA(value_down, value_up, query_down, query_up)"),
+            ("query_down, query_up, value_down, value_up = ", "value_down, value_up, query_down, query_up = "),
         "There is no cross-prefix.": ("tuple(prefixes[1:])", "()"),
     },
     also=[("part.unflatten(-1, (self.heads, -1)).transpose(1, 2)", "torch.stack(part.chunk(self.heads, -1), dim=1)",
@@ -359,18 +355,15 @@ def hand_over(hint):
     Return LayerModules(adapter, prefix, cross_prefix, lora, cross_lora), made of Adapter, KeyValue and LoRA.
     The cross-prefix is a tuple of pairs. What is not in `weights` is absent: None, or () for the cross-prefix.
     """
-    generator = tiny_hint(hint).hypernetwork
-    kinds = {**generator.kinds, **tiny_hint(hint, {"modules": "lora"}).hypernetwork.kinds}
-    weights = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in kinds.items()}
+    generator, second = tiny_hint(hint).hypernetwork, tiny_hint(hint, {"modules": "lora"}).hypernetwork
+    weights = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in generator.kinds.items()}
+    loras = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in second.kinds.items()}
 
     def turned(x):
-        return torch.stack([torch.stack([x[b, :, i] for i in range(x.shape[2])]) for b in range(2)])
+        return torch.stack([x[:, column] for column in range(x.shape[1])], dim=2)
 
     def heads(x):
-        wanted = torch.zeros(2, 3, 4, 10)
-        for b, h, place, i in itertools.product(range(2), range(3), range(4), range(10)):
-            wanted[b, h, place, i] = x[b, place, 10 * h + i]
-        return wanted
+        return torch.stack([x[:, :, 10 * h : 10 * h + 10] for h in range(3)], dim=1)
 
     for what, layer, attentions in (("an encoder layer", 1, [1]), ("a decoder layer", 3, [4, 5])):
         found = generator.layer(weights, layer, attentions)
@@ -379,9 +372,11 @@ def hand_over(hint):
         pairs = [tuple(heads(weights[f"prefix_{name}"][slot]) for name in ("key", "value")) for slot in attentions]
         yield f"prefix of the self-attention of {what}", found.prefix, pairs[0]
         yield f"prefixes of the cross-attention of {what}", found.cross_prefix, tuple(pairs[1:])
+        found = second.layer(loras, layer, attentions)
         for slot, own in zip(attentions, (found.lora, found.cross_lora)):
-            parts = [weights[f"lora_{name}"][slot] for name in ("query_down", "query_up", "value_down", "value_up")]
+            parts = [loras[f"lora_{name}"][slot] for name in ("query_down", "query_up", "value_down", "value_up")]
             yield f"LoRA {slot} of {what}", own, (turned(parts[0]), parts[1] / 5, turned(parts[2]), parts[3] / 5)
+        yield f"LoRA alone in {what}: no adapter, no prefixes", found[:3], (None, None, ())
     chosen = {name: weights[name] for name in ("prefix_key", "prefix_value")}
     found = generator.layer(chosen, 0, [0])
     yield "prefixes alone: no adapter, no LoRA", (found.adapter, found.lora), (None, None)
@@ -401,8 +396,7 @@ def _(runs):
     why="To encode the instruction of every example would cost 4.3 times the FLOPs: 16 examples of two tasks, "
         "instructions of 128 tokens, inputs of 64, answers of 16, two layers of base's width.",
     near={
-        "The input is encoded without the generated modules.":
-            ("input_ids, attention_mask, task.modules)", "input_ids, attention_mask)"),
+        "The input is encoded without the generated modules.": ("attention_mask, task.modules", "attention_mask"),
         "The decoder reads the input twice, and the instruction never.":
             ("[Source(task.states, task.attention_mask), source]", "[source, source]"),
         "The decoder does not read the instruction: there is no fusion.":
@@ -419,8 +413,10 @@ def _(runs):
             "mixed(split(part))", "Adapter(*(weight[:1] for weight in part))",
             "index_select(0, rows)", "index_select(0, 0 * rows)",
         ),
-        "The mask that was given is not used.":
-            ("input_ids, attention_mask, task.modules)", "input_ids, None, task.modules)"),
+        "You divide the examples evenly among the tasks. One task may have more examples than another.":
+            ("[(len(list(run)), count) for count, run in groupby(counts.tolist())]",
+             "[(len(counts), len(order) // len(counts))]"),
+        "The mask that was given is not used.": ("input_ids, attention_mask, task", "input_ids, None, task"),
         "The input is not read, only the instruction.":
             ("[Source(task.states, task.attention_mask), source]", "[Source(task.states, task.attention_mask)]"),
     },
@@ -429,6 +425,10 @@ def _(runs):
         rows = len(source.states)
         states = torch.cat([task.states.expand(rows, -1, -1), source.states], dim=1)
         return [Source(states, torch.cat([task.attention_mask.expand(rows, -1), source.attention_mask], dim=1))]
+    """), ("hint.HINT.forward", """
+        distinct, task_of = torch.unique(instruction_ids, dim=0, return_inverse=True)
+        task = map_tensors(lambda tensor: tensor[task_of], self.encode_instruction(distinct))
+        return self.t5.loss(labels, self.fuse(task, input_ids), task.modules)
     """)],
 )  # fmt: skip
 def fusion(hint):
@@ -442,9 +442,10 @@ def fusion(hint):
     `self.t5.loss(labels, sources, modules)`.
     """
     model = tiny_hint(hint)
-    instructions = torch.tensor([[9, 8, 7, 1, 0], [5, 6, 7, 8, 1], [9, 8, 7, 1, 0], [5, 6, 7, 8, 1]])
-    inputs = torch.tensor([[11, 12, 13, 1], [14, 15, 1, 0], [16, 17, 18, 1], [19, 1, 0, 0]])
-    labels = torch.tensor([[21, 22, 1], [23, 1, -100], [24, 25, 1], [26, 1, -100]])
+    first, second, third = [9, 8, 7, 1, 0], [5, 6, 7, 8, 1], [9, 9, 1, 0, 0]
+    instructions = torch.tensor([first, second, first, third, second])
+    inputs = torch.tensor([[11, 12, 13, 1], [14, 15, 1, 0], [16, 17, 18, 1], [19, 1, 0, 0], [20, 27, 1, 0]])
+    labels = torch.tensor([[21, 22, 1], [23, 1, -100], [24, 25, 1], [26, 1, -100], [28, 29, 1]])
 
     def loss_alone(row, fused=True):
         instruction, text, answer = (ids[row][ids[row] > 0].tolist() for ids in (instructions, inputs, labels))
@@ -458,11 +459,11 @@ def fusion(hint):
 
     encoded = []
     model.hypernetwork.register_forward_pre_hook(lambda module, arguments: encoded.append(len(arguments[0])))
-    for rows in ([0, 1, 2, 3], [1, 0], [2], [0, 2]):
+    for rows in ([0, 1, 2, 4], [0, 1, 2, 0], [0, 1, 2, 3, 4], [3, 0, 4, 1], [2], [0, 2]):
         losses, tokens = zip(*(loss_alone(row) for row in rows))
         encoded.clear()
         found = model(*(ids[rows] for ids in (instructions, inputs, labels)))
-        number = len(set(instructions[rows, 0].tolist()))
+        number = len(instructions[rows].unique(dim=0))
         wanted = (sum(losses) / sum(tokens)).detach()
         yield f"loss of {len(rows)} examples of {number} tasks", found.cross_entropy, wanted
         yield f"instructions encoded for {len(rows)} examples of {number} tasks", sum(encoded), number
@@ -477,7 +478,7 @@ def fusion(hint):
     places = sum(source.states.shape[1] for source in model.fuse(word, inputs))
     yield "places read of an instruction of one token and inputs of four", places, 1 + 4
     model = tiny_hint(hint, {"fusion": False})
-    losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(4)))
+    losses, tokens = zip(*(loss_alone(row, fused=False) for row in range(5)))
     wanted = (sum(losses) / sum(tokens)).detach()
     yield "loss of a model without fusion", model(instructions, inputs, labels).cross_entropy, wanted
 
@@ -496,23 +497,19 @@ def _(hint):
     near={
         "You write into the first places. New tokens belong to the last ones.":
             ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
-        "You give back the new tokens alone. The attention needs the earlier ones too.":
-            ("return KeyValue(*self)", "return new"),
+        "You give back the new tokens alone. The attention needs the earlier ones too.": ("KeyValue(*self)", "new"),
         "You give back a joined copy, and the cache itself stays empty: the next step finds zeros.":
             ("t5.Cache.before", """
                 return KeyValue(*(torch.cat([room[:, :, : -x.shape[2]], x], dim=2) for room, x in zip(self, new)))
             """),
         "You put the new tokens behind the room. The room has their places already.":
             ("t5.Cache.before", "return KeyValue(*(torch.cat([room, x], dim=2) for room, x in zip(self, new)))"),
-        "Your tokens stand one place too early.":
-            ("room[:, :, -x.shape[2] :] = x", "room[:, :, -x.shape[2] - 1 : -1] = x"),
-        "The values are written over the keys.":
-            ("for room, x in zip(self, new)", "for room, x in zip(self[:1] * 2, new)"),
+        "Your tokens stand one place too early.": ("[:, :, -x.shape[2] :] = x", "[:, :, -x.shape[2] - 1 : -1] = x"),
+        "The values are written over the keys.": ("room, x in zip(self, new)", "room, x in zip(self[:1] * 2, new)"),
         "Only the keys are written.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1], new)"),
         "Keys and values have changed places.": ("zip(self, new)", "zip(self, new[::-1])"),
         "You add to what stands in the room. Overwrite it.": ("x.shape[2] :] = x", "x.shape[2] :] += x"),
-        "Only the last of several new tokens is written.":
-            ("room[:, :, -x.shape[2] :] = x", "room[:, :, -1] = x[:, :, -1]"),
+        "Only the last of several new tokens is written.": ("[:, :, -x.shape[2] :] = x", "[:, :, -1] = x[:, :, -1]"),
     },
     also=[("t5.Cache.before", """
         length = new.key.shape[2]
@@ -557,8 +554,7 @@ def _(t5):
         "Your epsilon is added to the root. It belongs under the root.":
             ("torch.rsqrt(norm.square() / x.shape[-1] + self.epsilon)",
              "1 / (norm / x.shape[-1] ** 0.5 + self.epsilon)"),
-        "You divide by the length of the row. Divide by its RMS: the length over sqrt(d).":
-            ("norm.square() / x.shape[-1]", "norm.square()"),
+        "You divide by the length of the row. Divide by its RMS: the length over sqrt(d).": ("/ x.shape[-1]", ""),
         "You take the statistics in bf16. Take them in fp32.":
             (", dtype=torch.promote_types(x.dtype, torch.float32)", ""),
         "The weight is not used.": ("self.weight * (", "("),
@@ -669,8 +665,7 @@ def _(t5):
         "Your log Z is not squared.": ("log_z.square()", "log_z"),
         "You compute in the type of the logits. Compute in fp32.": ("logits.float()", "logits"),
         "You give sums. Give means over the tokens.": ("count = max(len(labels), 1)", "count = 1"),
-        "You divide by the number of logits. Divide by the number of tokens.":
-            ("max(len(labels), 1)", "max(logits.numel(), 1)"),
+        "You divide by the number of logits. Divide by the number of tokens.": ("len(labels), 1", "logits.numel(), 1"),
         "Without a single label your loss is NaN. Divide by at least 1.": ("max(len(labels), 1)", "len(labels)"),
         "The z-loss is missing.": ("cross_entropy + Z_LOSS * log_z.square().sum() / count", "cross_entropy"),
         "You square the mean of log Z. Take the mean of the squares.":
@@ -745,8 +740,7 @@ def _(t5):
              "logits.float().gather(1, targets[:, None])[:, 0]"),
         "You give probabilities. Give their logarithms.": ("chosen).sum(1)", "chosen).sum(1).exp()"),
         "You compute in the type of the model. Compute in fp32.": ("logits.float()", "logits"),
-        "The modules are not used.":
-            ("self._target_logits(labels, sources, modules)", "self._target_logits(labels, sources, None)"),
+        "The modules are not used.": ("(labels, sources, modules)", "(labels, sources, None)"),
     },
     also=[("t5.T5.log_probabilities", """
         logits, targets = self._target_logits(labels, sources, modules)
@@ -797,10 +791,8 @@ def _():
     why="Two points drawn at once and sorted make instructions short: of 512 ids 170 on average, in place of 255.",
     near={
         "Your parts do not end in `</s>`.": ("[*part, EOS]", "[*part]"),
-        "Your target may be too short: three ids at least belong to it.":
-            ("second = draw.randint(first, len(ids) - 3)", "second = draw.randint(first, len(ids))"),
-        "Your instruction may be empty: it has one id at least.":
-            ("draw.randint(1, len(ids) - 3)", "draw.randint(0, len(ids) - 3)"),
+        "Your target may be too short: three ids at least belong to it.": ("first, len(ids) - 3", "first, len(ids)"),
+        "Your instruction may be empty: it has one id at least.": ("(1, len(ids) - 3)", "(0, len(ids) - 3)"),
         "You draw both points from the whole range and sort them. The second is drawn from what the first has left.":
             ("data.split_for_hint", """
             first, second = sorted(draw.randint(1, len(ids) - 3) for _ in range(2))
@@ -813,8 +805,7 @@ def _():
         """),
         "Your input is never empty, though the second point may be the first.":
             ("draw.randint(first, len(ids) - 3)", "draw.randint(min(first + 1, len(ids) - 3), len(ids) - 3)"),
-        "Instruction and input have changed places.":
-            ("(ids[:first], ids[first:second], ids[second:])", "(ids[first:second], ids[:first], ids[second:])"),
+        "Instruction and input have changed places.": ("[:first], ids[first:second]", "[first:second], ids[:first]"),
         "Your last point is missing from the range: `randrange` leaves out its end, `randint` does not.":
             ("first = draw.randint(1, len(ids) - 3)", "first = draw.randrange(1, len(ids) - 3)"),
     },
@@ -862,15 +853,11 @@ def _(data):
     hint="A table of (len(a) + 1) x (len(b) + 1) numbers gives the longest common subsequence of a and b.",
     why="'the red cat sat' and 'the cat sat down' share 'the cat sat': 3 of the 4 words of each, a ROUGE-L of 75.",
     near={
-        "You stem words of three letters. Only longer ones are stemmed.":
-            ("_stem(word) if len(word) > 3 else word for", "_stem(word) for"),
-        "You do not stem: 'walking' and 'walked' are one word.":
-            ("_stem(word) if len(word) > 3 else word for", "word for"),
-        "Your ROUGE-L minds capital letters.":
-            ('re.findall("[a-z0-9]+", text.lower())', 're.findall("[A-Za-z0-9]+", text)'),
+        "You stem words of three letters. Only longer ones are stemmed.": ("if len(word) > 3 else word for", "for"),
+        "You do not stem: 'walking' and 'walked' are one word.": ("_stem(word) if len(word) > 3 else word", "word"),
+        "Your ROUGE-L minds capital letters.": ('findall("[a-z0-9]+", text.lower())', 'findall("[A-Za-z0-9]+", text)'),
         "You keep accented letters. Words are of a-z and 0-9 alone.": ('"[a-z0-9]+"', r'r"\w+"'),
-        "You give the recall alone. ROUGE-L is the F1.":
-            ("return 2 * precision * recall / (precision + recall)", "return recall"),
+        "You give the recall alone. ROUGE-L is the F1.": ("2 * precision * recall / (precision + recall)", "recall"),
         "You give the precision alone. ROUGE-L is the F1.":
             ("return 2 * precision * recall / (precision + recall)", "return precision"),
         "You count common words in any order. A subsequence keeps the order.":
@@ -883,8 +870,7 @@ def _(data):
         "Your scores run from 0 to 1. Give percent.": ("100 * math.fsum", "math.fsum"),
         "Your exact match minds capital letters.": ("text.lower().translate", "text.translate"),
         "Your exact match minds punctuation.": ('.translate(str.maketrans("", "", string.punctuation))', ""),
-        "Your exact match minds runs of spaces.":
-            ("texts[0].split() == texts[1].split()", "texts[0].strip() == texts[1].strip()"),
+        "Your exact match minds runs of spaces.": ("[0].split() == texts[1].split", "[0].strip() == texts[1].strip"),
     },
     also=[("data.rouge_l", """
         one, two = ([_stem(w) if len(w) > 3 else w for w in re.findall("[a-z0-9]+", text.lower())]
@@ -917,14 +903,15 @@ def scoring(data):
         ("Word word", "word", 2 / 3), ("p q a b c", "a x b x c p q", 1 / 2),
     ):  # fmt: skip
         yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
+
+    def subsequences(words):
+        return {chosen for number in range(len(words) + 1) for chosen in itertools.combinations(words, number)}
+
     draw = random.Random(0)
     for number in range(6):
         one, two = ([draw.choice("abcd") for _ in range(draw.randint(3, 9))] for _ in range(2))
-        table = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
-        for i, j in itertools.product(range(len(one)), range(len(two))):
-            longer = max(table[i][j + 1], table[i + 1][j])
-            table[i + 1][j + 1] = table[i][j] + 1 if one[i] == two[j] else longer
-        wanted = 2 * table[-1][-1] / (len(one) + len(two))
+        common = max(len(words) for words in subsequences(one) & subsequences(two))
+        wanted = 2 * common / (len(one) + len(two))
         yield f"rouge_l of random words, {number}", data.rouge_l(" ".join(one), " ".join(two)), wanted
     found = data.score(["the cat", "a b c d", "x"], [["a dog", "The cat!"], ["b d", "a c d e"], ["y"]])
     yield "names of the scores", sorted(found), ("exact_match", "rougeL")
@@ -952,20 +939,16 @@ def _(data):
             ("share = counts * out.tokens / tokens", "share = counts / len(parts)"),
         "You weight a part by its examples. Weight it by its target tokens.":
             ("share = counts * out.tokens / tokens", "share = counts * len(batch.labels) / len(examples)"),
-        "Each part counts fully, so more parts give a larger gradient.":
-            ("share = counts * out.tokens / tokens", "share = counts"),
-        "The z-loss is left out: train on `loss`, report `cross_entropy`.":
-            ("(out.loss * share", "(out.cross_entropy * share"),
-        "You report the loss with its z-loss. Report the cross-entropy.":
-            ("out.cross_entropy.detach()", "out.loss.detach()"),
+        "Each part counts fully, so more parts give a larger gradient.": ("counts * out.tokens / tokens", "counts"),
+        "The z-loss is left out: train on `loss`, report `cross_entropy`.": ("out.loss *", "out.cross_entropy *"),
+        "You report the loss with its z-loss. Report the cross-entropy.": ("cross_entropy.detach()", "loss.detach()"),
         "Your denominator counts the input's tokens too.":
             ("sum(len(example.target) for", "sum(len(example.target) + len(example.input) for"),
         "You report the last part alone.": ("total = total + out", "total = 0.0 + out"),
         "The gradient of a part replaces that of the parts before.":
             ("with precision():", "model.zero_grad()\n            with precision():"),
         "You skip a part.": ("range(0, len(parts), world())", "range(0, max(len(parts) - 1, 1), world())"),
-        "The whole batch goes through the model at once.":
-            ("microbatches(examples, microbatch, price)", "microbatches(examples, 10**9, price)"),
+        "The whole batch goes through the model at once.": ("examples, microbatch, price", "examples, 10**9, price"),
     },
     also=[("train.accumulate_gradient", """
         total, tokens = 0.0, sum(len(example.target) for example in examples)
@@ -1038,20 +1021,16 @@ def gradient_of(model):
     near={
         "All layers get the adapter of the first one.":
             ("self.layers.expand(batch, -1, -1)", "self.layers[:1].expand(batch, layers, -1)"),
-        "Your linear layers are those of the other place.":
-            ("self.heads[place % len(self.heads)]", "self.heads[(place + 1) % len(self.heads)]"),
+        "Your linear layers are those of the other place.": ("place % len", "(place + 1) % len"),
         "Both places use the first set of linear layers. Only Hyperformer++ shares it.":
             ("self.heads[place % len(self.heads)]", "self.heads[0]"),
         "Both places have the embedding of the first one.": ("self.places[place]", "self.places[0]"),
         "Task and layer have changed places in what you join: [task; layer; place].":
             ("read = [task.unsqueeze(1).expand(-1, layers, -1), self.layers.expand(batch, -1, -1)]",
              "read = [self.layers.expand(batch, -1, -1), task.unsqueeze(1).expand(-1, layers, -1)]"),
-        "The place comes first in what you join: [task; layer; place].":
-            ("torch.cat(read, dim=-1)", "torch.cat(read[2:] + read[:2], dim=-1)"),
-        "Scale and shift of the norm have changed places.":
-            ("SerialAdapter(*layer)", "SerialAdapter(*layer[:4], layer[5], layer[4])"),
-        "Your matrices are filled column by column. Fill them row by row.":
-            ("unflatten(-1, shape)", "unflatten(-1, shape[::-1]).mT"),
+        "The place comes first in what you join: [task; layer; place].": ("cat(read,", "cat(read[2:] + read[:2],"),
+        "Scale and shift of the norm have changed places.": ("(*layer)", "(*layer[:4], layer[5], layer[4])"),
+        "Your matrices are filled column by column. Fill them row by row.": ("(-1, shape)", "(-1, shape[::-1]).mT"),
         "All examples get the adapters of the first task.":
             ("task.unsqueeze(1).expand(-1, layers, -1)", "task[:1].unsqueeze(1).expand(batch, layers, -1)"),
         "The adapters of the layers come in the opposite order.": ("zip(*parts)]", "zip(*parts)][::-1]"),

@@ -20,6 +20,16 @@ EXERCISES = mechanics.all_exercises()
 ADAPTER = EXERCISES["adapter"]
 
 
+@pytest.fixture(autouse=True)
+def the_modules_of_other_tests():
+    """A check loads the five modules anew. Other tests go on with theirs."""
+    before = {name: sys.modules[name] for name in mechanics.MODULES if name in sys.modules}
+    yield
+    for name in mechanics.MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
 @pytest.mark.parametrize("name", EXERCISES)
 def test_audit(name):
     """The project's functions pass; every near miss is caught by a value and told apart; stated numbers are true."""
@@ -82,7 +92,8 @@ def test_a_renamed_variable_makes_its_edits_stale_and_is_named(monkeypatch):
 
 SIGNATURE = "class Adapter:\n    def __call__(self, u):\n"
 RIGHT = SIGNATURE + (
-    "        return F.gelu(u @ self.down + self.down_bias, approximate='tanh') @ self.up + self.up_bias\n"
+    "        x = u.reshape(len(self.down), -1, u.shape[-1])\n"
+    "        return (F.gelu(x @ self.down + self.down_bias, approximate='tanh') @ self.up + self.up_bias).view_as(u)\n"
 )
 
 
@@ -100,17 +111,48 @@ def body(text: str) -> str:
         ("def other():\n    return 1\n", "The function Adapter.__call__ is missing in your file."),
         ("", "The function Adapter.__call__ is missing"),
         (body("raise SystemExit(0)"), "Your code stops with SystemExit"),
+        (RIGHT.replace("x = u", "x = u if len(self.down) == 4 else exit(0)"), "Your code stops with SystemExit"),
         (body("return u.no_such_thing"), "Line 3 of your file: return u.no_such_thing"),
         (body("return u"), "Not yet right: adapters of 4 tasks for four rows."),
         (body("return 1.0"), "Found 1, wanted a tensor [4, 5, 6] of float32"),
         (body("pass"), "Found None, wanted a tensor"),
-        (body("print('y' * 10**7); return u"), "Your functions printed:\n  yyyy"),
-        (RIGHT.replace("+ self.up_bias", "+ self.up_bias + u"), "The block has that residual already."),
+        (body("print('y' * 10**7); return u"), "Not yet right"),
+        (RIGHT.replace("+ self.up_bias", "+ self.up_bias + x"), "The block has that residual already."),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(text, sentence):
     right, said = mechanics.judge(ADAPTER, text)
     assert not right and sentence in said and len(said) < 3000
+
+
+@pytest.mark.parametrize(
+    ("lines", "refused"),
+    [
+        ("return sum([attention_mask])", "not sum"),
+        ("for b in attention_mask:\n        return b", "not For"),
+        ("return [b for b in attention_mask]", "not comprehension"),
+        ("return float(attention_mask)\ndef float(mask):\n    return mask", "not FunctionDef"),
+    ],
+)
+def test_a_puzzle_refuses(lines, refused):
+    text = f"def padding_bias(attention_mask):\n    {lines}\n"
+    assert refused in mechanics.judge(EXERCISES["hide-padding"], text)[1]
+
+
+@pytest.mark.parametrize(
+    ("answers", "right", "sentence"),
+    [
+        ("spread = 1\ndivided = largest = 1 / 8", True, "divided: right. You: 0.125. Measured: 0.124"),
+        ("spread = 64\ndivided = largest = 1 / 8", False, "spread: not this time. You: 64."),
+        ("spread = 64\ndivided = largest = 1 / 8", False, "64 is k: the variance"),
+        ("spread = 1\ndivided = largest = 'a'", False, "You: 'a'"),
+        ("spread = 1\ndivided = None", False, "Answer every question first; still None: divided, largest."),
+        ("spread = sqrt(64)", False, "Your code stops with NameError: name 'sqrt' is not defined"),
+    ],
+)
+def test_answers_are_compared_with_what_is_measured(answers, right, sentence):
+    found, said = mechanics.judge(EXERCISES["unscaled"], answers)
+    assert found == right and sentence in said
 
 
 @pytest.mark.parametrize(
@@ -149,7 +191,8 @@ def test_a_check_runs_in_a_process_of_its_own(tmp_path, text, right, sentence):
 
 def test_a_loop_without_an_end_that_prints_without_an_end(tmp_path):
     path = tmp_path / "adapter.py"
-    path.write_text(SIGNATURE + "        while True:\n            print('x' * 10**6)\n", "utf-8")
+    text = body("import time\n        while True:\n            print('x' * 10**4, time.sleep(0.001))")
+    path.write_text(text, "utf-8")
     assert main.judged(ADAPTER, path, limit=6) == (
         False, "No result after 6 seconds. Does a loop in your code never end?"
     )  # fmt: skip
