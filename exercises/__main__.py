@@ -91,13 +91,13 @@ def run(exercise: Exercise, which: str = "", steps: str = "400") -> None:
     """Train the demo with the project's own function, the student's, or a near miss in its place."""
     near = {"own": ("the project's own lines", ())}
     near |= {str(number): pair for number, pair in enumerate(exercise.near_misses, start=1) if exercise.targets}
-    if which == "mine":
-        attempt = read_attempt(exercise, own_file(exercise).read_text("utf-8-sig", "replace"))
-    elif which in near:
-        attempt = edited(exercise, near[which][1])
-    else:
+    if which not in ("mine", *near) or not steps.isdecimal():
         misses = "".join(f"{number:>3}  {sentence}\n" for number, (sentence, _) in near.items())
         sys.exit(f"{misses}\npython exercises run {exercise.name} own|mine|NUMBER [STEPS]")
+    if which == "mine":
+        attempt = read_attempt(exercise, own_file(exercise).read_text("utf-8-sig", "replace"))
+    else:
+        attempt = edited(exercise, near[which][1])
     train = load(["train"], attempt)["train"]
     train.DEFAULTS["demo"]["steps"] = int(steps)  # the demo has no option for it
     train.main(["demo", "--out", str(ROOT / "runs" / "exercises" / f"{exercise.name}-{which}-{steps}")])
@@ -117,7 +117,7 @@ def main(command: str = "list", *words: str) -> None:
         show([exercises[name] for name in PATHS[words[0]].split()])
     elif command == "audit":
         sys.exit(audit_all(words))
-    elif command in COMMANDS and words and words[0] in exercises:
+    elif words and words[0] in exercises and (command in ("run", "judge") or command in COMMANDS and not words[1:]):
         COMMANDS[command](exercises[words[0]], *words[1:])
     else:
         sys.exit(f"{__doc__}\nNAME is one of the list.")

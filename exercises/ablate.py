@@ -32,7 +32,7 @@ def mean_and_error(cell):
     questions={
         "without_fusion": "Points of exact match on unseen compositions that are lost without fusion?",
         "without_modules": "Points of exact match on unseen compositions that are lost without modules?",
-        "early": "Points that no-modules is behind hint at step 500, on all unseen tasks? (negative if it is ahead)",
+        "early": "Points that no-modules is behind hint at step 400, on all unseen tasks? (negative if it is ahead)",
         "seeds": "Largest standard deviation between seeds of these three rows, on unseen compositions, in points? (± "
                  "times the root of the number of seeds)",
         "lower": "Which row is clearly lower than hint on unseen compositions: no-fusion, no-modules, both or neither?",
@@ -45,7 +45,7 @@ def mean_and_error(cell):
             ("without_fusion", 0.0),
         "HINT without modules still reads the instruction's states: not so much is lost.":
             [("without_modules", 50.0), ("without_modules", 100.0)],
-        "At step 500, HINT itself has not learned so much.": ("early", 100.0),
+        "At step 400, HINT itself has not learned so much.": ("early", 100.0),
         "Seeds differ in first weights and in the order of examples, and early luck grows: look at the errors.":
             ("seeds", 0.0),
         "The row without modules does not end clearly lower than the row without fusion.": ("more", "modules"),
@@ -74,7 +74,7 @@ def fusion_or_modules(runs):
     more = "modules" if clearly_lower("no-modules", "no-fusion") else "cannot tell"
     yield "without_fusion", scores["hint"][0] - scores["no-fusion"][0], 2.0
     yield "without_modules", scores["hint"][0] - scores["no-modules"][0], 2.0
-    yield "early", rows["hint"]["at step 500"][0] - rows["no-modules"]["at step 500"][0], 2.0
+    yield "early", rows["hint"]["at step 400"][0] - rows["no-modules"]["at step 400"][0], 2.0
     yield "seeds", max(scores[name][1] for name in ("hint", "no-fusion", "no-modules")) * seeds**0.5, 1.0
     yield "lower", "both" if len(lower) == 2 else (*lower, "neither")[0], None
     yield "more", "fusion" if clearly_lower("no-fusion", "no-modules") else more, None
