@@ -82,12 +82,12 @@ class HINT(nn.Module):
         if len(distinct) > 1:
             order = task_of.argsort()  # examples of a task side by side
             input_ids, labels, rows = input_ids[order], labels[order], task_of[order].to(task.states.device)
-            runs = [(len(list(run)), count) for count, run in groupby(counts.tolist())]  # tasks of equally many
-            tasks, examples = [n for n, _ in runs], [n * count for n, count in runs]
+            runs = [(len(list(run)), size) for size, run in groupby(counts.tolist())]  # tasks of `size` examples each
+            tasks, examples = [n for n, _ in runs], [n * size for n, size in runs]
             split = lambda adapter: [Adapter(*part) for part in zip(*(weight.split(tasks) for weight in adapter))]
             mixed = lambda adapters: lambda u: torch.cat([f(x) for f, x in zip(adapters, u.split(examples))])
             serve = lambda part: mixed(split(part)) if isinstance(part, Adapter) else part.index_select(0, rows)
-            task = map_tensors(serve, task, Tensor | Adapter)  # U tasks -> B examples, without a copy of an adapter
+            task = map_tensors(serve, task, Tensor | Adapter)  # U tasks -> B examples; no adapter is copied
         return self.t5.loss(labels, self.fuse(task, input_ids), task.modules)
 
     @torch.no_grad()
