@@ -120,18 +120,19 @@ CHANGES = {"reshaped": "hand-over", "divided": "attention", "undivided": "column
 @exercise(
     "ablate", [], level=2, minutes=40, paper="HINT, section 3.1.1; Raffel et al., section 2.1",
     hint="Compare the first and the last line of each run's log.jsonl, then the last lines of all runs.",
-    why="A falling loss proves little: 2 of these 3 errors end with a lower loss than the right code. So check code.",
+    why="A falling loss proves little: the worst of these errors ends at 1.0 times the loss of the right code. So check "
+        "code.",
     questions={
         "falls": "In how many of the four runs is the last loss less than half of the first that is logged?",
         "twice": "How many of the three errors end with at least twice the loss of the right code?",
-        "worst": "Which error ends with the highest loss: reshaped, divided or undivided?",
         "reshaped_ratio": "Last loss with W_down reshaped over that of the right code?",
+        "divided_ratio": "Last loss with divided scores over that of the right code?",
     },
     near={
         "Reshaped, each embedding still writes a part of W_down of its own: training does not mind.":
-            [("worst", "reshaped"), ("reshaped_ratio", 2.0), ("reshaped_ratio", 5.0)],
+            [("reshaped_ratio", 2.0), ("reshaped_ratio", 5.0)],
         "T5 starts with scores of spread 1 and learns others where they help. Divided, it learns no worse.":
-            ("worst", "divided"),
+            [("divided_ratio", 1.5), ("divided_ratio", 2.0)],
         "A loss falls with wrong code too: the model learns what it can with what it is given.":
             [("falls", 0.0), ("falls", 1.0), ("falls", 2.0)],
         "An error in the code is seldom so loud. Compare the last losses once more.":
@@ -155,8 +156,8 @@ def still_learns(runs):
     ratios = {change: last / own for change, (_, last) in runs_with_errors.items()}
     yield "falls", sum(last < first / 2 for first, last in [(first, own), *runs_with_errors.values()]), 0.0
     yield "twice", sum(ratio >= 2 for ratio in ratios.values()), 0.0
-    yield "worst", max(ratios, key=ratios.get), None
-    yield "reshaped_ratio", ratios["reshaped"], 0.15
+    yield "reshaped_ratio", ratios["reshaped"], 0.25
+    yield "divided_ratio", ratios["divided"], 0.25
 
 
 def losses(runs, name):
@@ -177,4 +178,4 @@ def _(runs):
         if words not in sentence:
             raise ValueError(f"near miss 1 of {CHANGES[change]} is not {change}, but: {sentence}")
     ratios = [losses(runs, f"{name}-1-400")[1] / losses(runs, "columns-own-400")[1] for name in CHANGES.values()]
-    yield "errors that end lower than the right code", sum(ratio < 1 for ratio in ratios), "2 of these 3"
+    yield "highest of the three ratios", max(ratios), "1.0 times"
