@@ -499,17 +499,12 @@ def _(hint):
             ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
         "You give back the new tokens alone. The attention needs the earlier ones too.": ("KeyValue(*self)", "new"),
         "You give back a joined copy, and the cache itself stays empty: the next step finds zeros.":
-            ("t5.Cache.before", """
-                return KeyValue(*(torch.cat([room[:, :, : -x.shape[2]], x], dim=2) for room, x in zip(self, new)))
-            """),
+            ("room[:, :, -x.shape[2] :] = x", "pass",
+             "*self", "*(torch.cat([room[:, :, : -x.shape[2]], x], dim=2) for room, x in zip(self, new))"),
         "You put the new tokens behind the room. The room has their places already.":
             ("t5.Cache.before", "return KeyValue(*(torch.cat([room, x], dim=2) for room, x in zip(self, new)))"),
         "Your tokens stand one place too early.": ("[:, :, -x.shape[2] :] = x", "[:, :, -x.shape[2] - 1 : -1] = x"),
         "The values are written over the keys.": ("room, x in zip(self, new)", "room, x in zip(self[:1] * 2, new)"),
-        "Only the keys are written.": ("for room, x in zip(self, new)", "for room, x in zip(self[:1], new)"),
-        "Keys and values have changed places.": ("zip(self, new)", "zip(self, new[::-1])"),
-        "You add to what stands in the room. Overwrite it.": ("x.shape[2] :] = x", "x.shape[2] :] += x"),
-        "Only the last of several new tokens is written.": ("[:, :, -x.shape[2] :] = x", "[:, :, -1] = x[:, :, -1]"),
     },
     also=[("t5.Cache.before", """
         length = new.key.shape[2]
@@ -532,9 +527,8 @@ def cache(t5):
     for end in (1, 2, 5, 6):
         step = t5.Cache(*(room[:, :, : 2 + end] for room in rooms))
         found = step.before(t5.KeyValue(*tokens[:, :, :, begin:end]))
-        found = (found.key, found.value)
         wanted = tuple(torch.cat([prefix[i], tokens[i, :, :, :end]], dim=2) for i in range(2))
-        yield f"keys and values after token {end}, {end - begin} of them new", found, wanted
+        yield f"keys and values after token {end}, {end - begin} of them new", (found.key, found.value), wanted
         begin = end
 
 
@@ -559,13 +553,10 @@ def _(t5):
             (", dtype=torch.promote_types(x.dtype, torch.float32)", ""),
         "The weight is not used.": ("self.weight * (", "("),
         "You divide the sum of squares by d - 1. Divide it by d.": ("x.shape[-1] +", "(x.shape[-1] - 1) +"),
-        "You divide by the mean square. Take its root.": ("torch.rsqrt(", "torch.reciprocal("),
-        "The type changes: the result has the type of the states.": (".type_as(x)", ".float()"),
     },
     also=[("t5.RMSNorm.forward", """
-        states = x.float()
-        square = (states * states).mean(dim=-1, keepdim=True)
-        return self.weight * (states / torch.sqrt(square + self.epsilon)).to(x.dtype)
+        square = (x.float() * x.float()).mean(dim=-1, keepdim=True)
+        return self.weight * (x.float() / torch.sqrt(square + self.epsilon)).to(x.dtype)
     """)],
 )  # fmt: skip
 def norm(t5):
@@ -579,9 +570,8 @@ def norm(t5):
     x[1, 2] = 0
     wanted = torch.zeros(2, 3, 6)
     for row, place in itertools.product(range(2), range(3)):
-        numbers = x[row, place].tolist()
-        rms = math.sqrt(sum(number**2 for number in numbers) / 6 + 0.05)
-        wanted[row, place] = torch.tensor([number / rms for number in numbers]) * layer.weight.data
+        rms = math.sqrt(sum(number**2 for number in x[row, place].tolist()) / 6 + 0.05)
+        wanted[row, place] = x[row, place] / rms * layer.weight.data
     yield "six rows, one of them zeros", layer(x), wanted
     long, states = t5.RMSNorm(4096, 1e-6).bfloat16(), (1.3 * torch.randn(8, 4096)).bfloat16()
     found = long(states)
@@ -613,9 +603,6 @@ def _(t5):
             ("(num_buckets - exact)).long", "num_buckets).long"),
         "Both directions share their buckets. In the encoder each direction has its half.":
             ("(relative > 0) * num_buckets", "0"),
-        "Distance 0 is counted as a key after the query.": ("relative > 0", "relative >= 0"),
-        "All your buckets are exact: far keys are not spread by a logarithm.":
-            ("(logarithm * (num_buckets - exact)).long()", "(distance - exact)"),
     },
     also=[("distance < exact,", "distance <= exact,", "num_buckets //= 2", "num_buckets = num_buckets // 2")],
 )  # fmt: skip
@@ -626,7 +613,7 @@ def buckets(t5):
     In each direction, of n buckets, n // 2 are exact: bucket j for distance j. Of the others, bucket number
     n // 2 + j begins at the distance n/2 * (max_distance / (n/2)) ** (j / (n - n/2)). The last one has no end.
     """
-    relative = range(-300, 301)
+    relative = torch.arange(-300, 301)[None]
 
     def bucket(position, both, size, furthest):
         size = size // 2 if both else size
@@ -635,17 +622,12 @@ def buckets(t5):
         if distance < first:
             return offset + distance
         rest = size - first  # compare whole powers, so that no rounding can err
-        begun = [j for j in range(rest) if distance**rest * first**j >= furthest**j * first**rest]
-        return offset + first + max(begun)
+        return offset + first + max(j for j in range(rest) if distance**rest * first**j >= furthest**j * first**rest)
 
     for both, size, furthest in ((True, 32, 128), (False, 32, 128), (True, 8, 20), (False, 12, 50)):
-        found = t5.relative_position_bucket(torch.tensor(relative), both, size, furthest)
-        wanted = torch.tensor([bucket(position, both, size, furthest) for position in relative])
-        direction = "both directions" if both else "the past alone"
-        for part, rows in (("keys before the query", slice(0, 301)), ("keys after the query", slice(301, None))):
-            yield f"{size} buckets to {furthest}, {direction}: {part}", found[rows], wanted[rows]
-    found = t5.relative_position_bucket(torch.tensor([[-7, 3]]), True, 32, 128)
-    yield "7 places before and 3 after the query", found, torch.tensor([[7, 19]])
+        found = t5.relative_position_bucket(relative, both, size, furthest)
+        wanted = torch.tensor([[bucket(position, both, size, furthest) for position in relative[0].tolist()]])
+        yield f"{size} buckets to {furthest}, bidirectional {both}, positions -300 to 300", found, wanted
 
 
 @buckets.facts
@@ -667,12 +649,8 @@ def _(t5):
         "You give sums. Give means over the tokens.": ("count = max(len(labels), 1)", "count = 1"),
         "You divide by the number of logits. Divide by the number of tokens.": ("len(labels), 1", "logits.numel(), 1"),
         "Without a single label your loss is NaN. Divide by at least 1.": ("max(len(labels), 1)", "len(labels)"),
-        "The z-loss is missing.": ("cross_entropy + Z_LOSS * log_z.square().sum() / count", "cross_entropy"),
-        "You square the mean of log Z. Take the mean of the squares.":
-            ("log_z.square().sum() / count", "(log_z.sum() / count).square()"),
         "Your cross-entropy holds the z-loss too. Give it without.":
             ("cross_entropy, len(labels))", "cross_entropy + Z_LOSS * log_z.square().sum() / count, len(labels))"),
-        "Your cross-entropy lacks log Z.": ("(log_z - chosen)", "(-chosen)"),
     },
     also=[("t5.token_loss", """
         logs = F.log_softmax(logits.float(), dim=-1)
@@ -687,18 +665,14 @@ def loss(t5):
     cross_entropy: the mean of log Z - (logit of the label), where Z is the sum of exp(logit) over the vocabulary.
     loss: cross_entropy + Z_LOSS * (the mean of (log Z)^2). tokens: N. Compute in fp32; for no labels both are zero.
     """
-    labels = torch.tensor([3, 0, 6, 2, 2])
-    logits = torch.randn(5, 7)
+    labels, logits = torch.tensor([3, 0, 6, 2, 2]), torch.randn(5, 7)
     for what, given in (("small", logits), ("large", 100 * logits), ("bf16", (9 * logits).bfloat16())):
-        logs = []
-        for row in given.tolist():
-            logs.append(max(row) + math.log(sum(math.exp(number - max(row)) for number in row)))
+        logs = [max(row) + math.log(sum(math.exp(number - max(row)) for number in row)) for row in given.tolist()]
         wanted = sum(log - float(given[n, labels[n]]) for n, log in enumerate(logs)) / 5
         square = sum(log**2 for log in logs) / 5
         found = t5.token_loss(given, labels)
         yield f"cross-entropy of {what} logits", found.cross_entropy, torch.tensor(wanted)
-        z_loss = 1e4 * (found.loss - wanted)
-        yield f"10,000 * (loss - cross-entropy) of {what} logits", z_loss, torch.tensor(square), 1e-2
+        yield f"10,000 * z-loss of {what} logits", 1e4 * (found.loss - wanted), torch.tensor(square), 1e-2
         yield "tokens", found.tokens, 5
     found = t5.token_loss(logits[:1], labels[:1])
     yield "cross-entropy of one label", found.cross_entropy, -logits[:1].log_softmax(1)[0, 3]
@@ -794,27 +768,17 @@ def _():
         "Your target may be too short: three ids at least belong to it.": ("first, len(ids) - 3", "first, len(ids)"),
         "Your instruction may be empty: it has one id at least.": ("(1, len(ids) - 3)", "(0, len(ids) - 3)"),
         "You draw both points from the whole range and sort them. The second is drawn from what the first has left.":
-            ("data.split_for_hint", """
-            first, second = sorted(draw.randint(1, len(ids) - 3) for _ in range(2))
-            return Ids(ids[:first] + [EOS], ids[first:second] + [EOS], ids[second:] + [EOS])
-        """),
+            ("first = draw.randint(1, len(ids) - 3)",
+             "first, second = sorted(draw.randint(1, len(ids) - 3) for _ in range(2))",
+             "second = draw.randint(first, len(ids) - 3)", ""),
         "An id is lost at a point.": ("ids[second:])", "ids[second + 1:])"),
-        "Your points are always at thirds. Draw them.": ("data.split_for_hint", """
-            first, second = len(ids) // 3, 2 * len(ids) // 3
-            return Ids(ids[:first] + [EOS], ids[first:second] + [EOS], ids[second:] + [EOS])
-        """),
+        "Your points are always at thirds. Draw them.":
+            ("draw.randint(1, len(ids) - 3)", "len(ids) // 3", "draw.randint(first, len(ids) - 3)", "2 * first"),
         "Your input is never empty, though the second point may be the first.":
             ("draw.randint(first, len(ids) - 3)", "draw.randint(min(first + 1, len(ids) - 3), len(ids) - 3)"),
-        "Instruction and input have changed places.": ("[:first], ids[first:second]", "[first:second], ids[:first]"),
-        "Your last point is missing from the range: `randrange` leaves out its end, `randint` does not.":
-            ("first = draw.randint(1, len(ids) - 3)", "first = draw.randrange(1, len(ids) - 3)"),
     },
-    also=[("data.split_for_hint", """
-        points = list(range(1, len(ids) - 2))
-        first = points[int(draw.random() * len(points))]
-        second = draw.choice([point for point in points if point >= first])
-        return Ids(instruction=ids[:first] + [EOS], input=ids[first:second] + [EOS], target=ids[second:] + [EOS])
-    """)],
+    also=[("draw.randint(1, len(ids) - 3)", "1 + int(draw.random() * (len(ids) - 3))",
+           "draw.randint(first, len(ids) - 3)", "draw.choice(range(first, len(ids) - 2))")],
 )  # fmt: skip
 def split(data):
     """Split a segment of n ids at two random points into instruction, input and target, each ended by `</s>`.
@@ -822,17 +786,15 @@ def split(data):
     The first point is drawn from 1 to n - 3, the second from the first point to n - 3, both ends included. All values
     of a range are equally likely. So the input may be empty, and the target has three ids or more.
     """
-    ids, firsts, seconds = list(range(10, 17)), [0] * 8, [0] * 8
-    draw = random.Random(0)
+    ids, (firsts, seconds), draw = list(range(10, 17)), torch.zeros(2, 8), random.Random(0)
     for number in range(4000):
         parts = data.split_for_hint(list(ids), draw)
         if number < 5:
-            yield "the three parts joined", [i for part in parts for i in part[:-1]], tuple(ids)
-            yield "the last ids of the parts", [part[-1] for part in parts], (1, 1, 1)
+            yield "the three parts joined", [i for part in parts for i in part[:-1]], ids
+            yield "the last ids of the parts", [part[-1:] for part in parts], [[1], [1], [1]]
         lengths = [len(part) - 1 for part in parts]
-        firsts[lengths[0]] += 1
-        seconds[lengths[0] + lengths[1]] += 1
-    firsts, seconds = torch.tensor(firsts) / 4000, torch.tensor(seconds) / 4000
+        firsts[lengths[0]] += 1 / 4000
+        seconds[lengths[0] + lengths[1]] += 1 / 4000
     yield "how often the first point is 0, 1, 2, ...", firsts, torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]) / 4, 0.12
     # The second point is j if the first is i <= j, each with a probability of 1/4, and then one of 5 - i points.
     sums = list(itertools.accumulate([1 / 16, 1 / 12, 1 / 8, 1 / 4]))
@@ -941,25 +903,13 @@ def _(data):
             ("share = counts * out.tokens / tokens", "share = counts * len(batch.labels) / len(examples)"),
         "Each part counts fully, so more parts give a larger gradient.": ("counts * out.tokens / tokens", "counts"),
         "The z-loss is left out: train on `loss`, report `cross_entropy`.": ("out.loss *", "out.cross_entropy *"),
-        "You report the loss with its z-loss. Report the cross-entropy.": ("cross_entropy.detach()", "loss.detach()"),
         "Your denominator counts the input's tokens too.":
             ("sum(len(example.target) for", "sum(len(example.target) + len(example.input) for"),
         "You report the last part alone.": ("total = total + out", "total = 0.0 + out"),
         "The gradient of a part replaces that of the parts before.":
             ("with precision():", "model.zero_grad()\n            with precision():"),
-        "You skip a part.": ("range(0, len(parts), world())", "range(0, max(len(parts) - 1, 1), world())"),
-        "The whole batch goes through the model at once.": ("examples, microbatch, price", "examples, 10**9, price"),
     },
-    also=[("train.accumulate_gradient", """
-        total, tokens = 0.0, sum(len(example.target) for example in examples)
-        for part in microbatches(examples, microbatch, price):
-            with precision():
-                out = model(*collate(part))
-            weight = sum(len(example.target) for example in part) / tokens
-            (weight * out.loss).backward()
-            total += weight * out.cross_entropy.item()
-        return total
-    """)],
+    also=[("out.cross_entropy.detach() * share", "share * out.cross_entropy.item()", "total.item()", "total")],
 )  # fmt: skip
 def whole_batch(train, hint):
     """Accumulate the gradient of the mean loss of a whole batch, and return its mean cross-entropy as a number.
@@ -969,18 +919,15 @@ def whole_batch(train, hint):
     Call `backward()` for each part. Write it for one process: leave out `rank`, `world` and `dist`.
     """
     examples, model = example_ids(train), tiny_hint(hint, num_layers=1, num_decoder_layers=1)
-    outs = [model(*train.collate([example])) for example in examples]
-    tokens = sum(out.tokens for out in outs)
-    sum(out.loss * out.tokens for out in outs).div(tokens).backward()
-    wanted = gradient_of(model)
-    entropy = sum(out.cross_entropy.item() * out.tokens for out in outs) / tokens
-    passes = []
+    whole = model(*train.collate(examples))
+    whole.loss.backward()
+    wanted, passes = gradient_of(model), []
     model.register_forward_hook(lambda module, arguments, out: passes.append(len(arguments[2])))
-    for size in (1000, 30):
+    for size in (1000, 30, 20):
         model.zero_grad()
         passes.clear()
         found = train.accumulate_gradient(model, examples, size, 0, train.nullcontext)
-        yield f"mean cross-entropy, {size} tokens at once", found, entropy
+        yield f"mean cross-entropy, {size} tokens at once", found, whole.cross_entropy.item()
         yield f"gradient, {size} tokens at once", gradient_of(model), wanted
         yield f"parts, {size} tokens at once", len(passes), len(train.microbatches(examples, size, 0))
 
