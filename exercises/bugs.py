@@ -97,42 +97,14 @@ def _(hint):
     near={
         "Each step takes the biases of the first positions. Query t needs the last t + 1 columns.":
             ("positions[..., unwritten:]", "positions[..., : max_new_tokens - unwritten]"),
-        "Each step takes the biases of all positions, also of tokens not yet written.":
-            ("seen = layers[0].prefix.key.shape[2] - unwritten", "seen = layers[0].prefix.key.shape[2]",
-             "positions[..., unwritten:]", "positions"),
         "The biases are in the reverse order: the oldest token has that of the newest.":
             ("positions[..., unwritten:]", "positions[..., unwritten:].flip(-1)"),
-        "Each token has the bias of its neighbour: the columns have slipped by one.":
-            ("positions[..., unwritten:]", "positions[..., unwritten:].roll(1, -1)"),
-        "The position bias is missing, so that the decoder does not know the order.":
-            ("positions[..., unwritten:]", "positions[..., unwritten:] * 0"),
-        "All earlier keys have the bias of distance 0. The query stands at the last position.":
-            (", first_query=max_new_tokens - 1)", ")"),
         "Rows that have ended go on with other tokens. After </s> comes padding alone.":
             (".masked_fill(ended[:, None], PAD)", ""),
-        "A row counts as ended one step too late, so that a token follows its </s>.":
-            ("ended = ended | (token[:, 0] == EOS)", "ended = ended | (answer[going, position - 1] == EOS)"),
         "The cache has one place too few.": ("2, batch, heads, max_new_tokens", "2, batch, heads, max_new_tokens - 1"),
         "Rows are mixed up when others leave: an answer is written to a wrong row.":
             ("going, token, ended = going[rows], token[rows], ended[rows]",
              "going, token, ended = going[: len(rows)], token[rows], ended[rows]"),
-        "When rows leave, the others go on with a wrong row's last token.": ("token[rows]", "token[: len(rows)]"),
-        "When rows leave, the caches of the others are those of wrong rows.":
-            ("select_rows((bias, layers), rows)", "select_rows((bias, layers), torch.arange(len(rows)))"),
-        "New keys and values are written over the oldest places, not into the newest.":
-            ("room[:, :, -x.shape[2] :] = x", "room[:, :, : x.shape[2]] = x"),
-        "A step sees the new token alone, not the tokens before it.": ("return KeyValue(*self)", "return new"),
-        "The values of new tokens are written over their keys.": ("zip(self, new):", "zip((self[0], self[0]), new):"),
-        "The decoder does not see the generated prefix.":
-            ("room if layer.prefix is None else layer.prefix.before(room)", "room"),
-        "The generated prefix stands after the room for tokens, not before it.":
-            ("layer.prefix.before(room)",
-             "(torch.cat([x, p.expand(batch, -1, -1, -1)], 2) for x, p in zip(room, layer.prefix))"),
-        "The generated modules of the decoder are not used.":
-            ("modules.decoder[number] if modules else LayerModules()", "LayerModules()"),
-        "The padding of the sources is visible.": ("source_bias(sources)", "0 * source_bias(sources)"),
-        "The first token is </s>. T5 starts with START, id 0.": ("(batch, 1), START", "(batch, 1), EOS"),
-        "The answer is cut off before its last token.": ("answer[:, : position + 1]", "answer[:, :position]"),
     },
     also=[("positions[..., unwritten:]",
            "self.decoder.relative_bias(1, max_new_tokens - unwritten, max_new_tokens - unwritten - 1)")],
@@ -376,24 +348,11 @@ def _(data):
     hint="A module knows whether it trains: eval() switches every nn.Dropout off. What does F.dropout know?",
     why="With the bug, states of a fresh tiny T5 in eval mode differ by 34 % of their size from one call to the next.",
     near={
-        "There is no dropout in the feed-forward layer now, not even in training.":
-            [("self.wo(self.dropout(hidden))", "self.wo(hidden)"),
-             ("self.wo(self.dropout(hidden))", "self.wo(F.dropout(hidden, self.dropout.p, training=False))")],
-        "Dropout falls on the output of the feed-forward layer, which the block drops already, not on hidden units.":
-            ("self.wo(self.dropout(hidden))", "self.dropout(self.wo(hidden))"),
+        "The feed-forward layer drops nothing, not even in training.": ("self.dropout(hidden)", "hidden"),
         "Dropout falls on the hidden units and again on the output of the feed-forward layer.":
             ("self.wo(self.dropout(hidden))", "self.dropout(self.wo(self.dropout(hidden)))"),
-        "The hidden units are dropped twice.": ("self.dropout(hidden)", "self.dropout(self.dropout(hidden))"),
-        "Dropout falls on the scores. It belongs on the weights, after the softmax.":
-            ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
-        "There is no dropout in the attention now.":
-            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
+        "Dropout falls on scores, before the softmax.": ("dropout(scores.softmax(", "(dropout(scores).softmax("),
         "The attention's rate is 0.1, whatever the config says.": ("Dropout(config.dropout_rate)", "Dropout(0.1)"),
-        "The attention's rate is that of keeping, not of dropping.": ("config.dropout_rate", "1 - config.dropout_rate"),
-        "The attention drops numbers of the result, not weights.":
-            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)",
-             "return sum(torch.einsum(", "return dropout(sum(torch.einsum(",
-             "zip(pieces, parts))", "zip(pieces, parts)))"),
     },
     also=[("self.wo(self.dropout(hidden))", "self.wo(F.dropout(hidden, self.dropout.p, self.training))")],
 )  # fmt: skip
@@ -404,32 +363,25 @@ def two_answers(t5):
     each of them must drop as before: weights of the attention after the softmax, and hidden units.
     """
     config = t5.T5Config(d_model=24, d_kv=5, d_ff=24, num_heads=3, dropout_rate=0.25)
-    x = torch.randn(40, 50, 24)
-    layer = t5.FeedForward(config).requires_grad_(False)
+    x, layer = torch.randn(40, 50, 24), t5.FeedForward(config).eval().requires_grad_(False)
     layer.wo.weight.copy_(torch.linalg.qr(torch.randn(24, 24))[0])  # orthogonal: its transpose undoes the product
     hidden = torch.nn.functional.gelu(layer.wi_0(x), approximate="tanh") * layer.wi_1(x)
-    layer.eval()
-    yield "first call of the feed-forward layer in eval mode", layer(x), hidden @ layer.wo.weight.T
-    yield "second call of the feed-forward layer in eval mode", layer(x), hidden @ layer.wo.weight.T
+    yield "two calls of the feed-forward layer in eval mode", (layer(x), layer(x)), 2 * (hidden @ layer.wo.weight.T,)
     units = layer.train()(x) @ layer.wo.weight
     dropped = units.abs() < 1e-4 * hidden.abs().max()
     yield "hidden units dropped in training, in steps of 5 percent", round(20 * dropped.float().mean().item()) * 5, 25
     yield "hidden units that stay in training", torch.where(dropped, 0, units), torch.where(dropped, 0, hidden / 0.75)
-    old = t5.FeedForward(replace(config, feed_forward_proj="relu")).eval()
+    old, attention = t5.FeedForward(replace(config, feed_forward_proj="relu")).eval(), t5.Attention(config)
     yield "feed-forward layer of T5 v1.0 in eval mode", old(x), old.wo(old.wi(x).relu())
-    attention = t5.Attention(config)
-    yield "the attention's rate of dropout", attention.dropout.p, 0.25
+    found = attention(x, [attention.project(x)], torch.zeros(1, 1, 1, 50)).shape, attention.dropout.p
+    yield "shape that an attention returns, and its rate of dropout", found, ((40, 50, 24), 0.25)
     yield "its parameters", sorted(name for name, _ in attention.named_parameters()), [f"{i}.weight" for i in "koqv"]
     query, (key, value) = torch.randn(2, 3, 4, 5), torch.randn(2, 2, 3, 5, 5)
-    keep, bias = (torch.rand(2, 3, 4, 5) < 0.7).float(), torch.randn(1, 3, 4, 3)
-    wanted = ((query @ key.mT + torch.cat([torch.zeros(1, 3, 4, 2), bias], -1)).softmax(-1) * keep) @ value
+    keep, bias = (torch.rand(2, 3, 4, 5) < 0.7).float(), torch.randn(1, 3, 4, 4)
+    wanted = ((query @ key.mT + torch.cat([torch.zeros(1, 3, 4, 1), bias], -1)).softmax(-1) * keep) @ value
     for lengths in ([5], [2, 3], [4, 1]):
         parts = [t5.KeyValue(*pair) for pair in zip(key.split(lengths, 2), value.split(lengths, 2))]
-        found = t5.attend(query, parts, bias, lambda weights: weights * keep)
-        yield f"attention over parts of {lengths} keys, whose dropout takes given weights", found, wanted
-    attention.eval()
-    calls = [attention(x, [attention.project(x)], torch.zeros(1, 1, 1, 50)) for _ in range(2)]
-    yield "second call of the attention in eval mode", calls[1], calls[0]
+        yield f"parts of {lengths} keys, with a given dropout", t5.attend(query, parts, bias, keep.mul), wanted
 
 
 @two_answers.facts

@@ -177,8 +177,7 @@ def spread(t5):
 
     for i in range(queries):
         for j in range(keys):
-            distance = j - (first_query + i)
-            bias[0, :, i, j] = self.weight[relative_position_bucket(distance, ...)]     # of all heads
+            bias[0, :, i, j] = self.weight[relative_position_bucket(j - (first_query + i), ...)]    # of all heads
 
     The other arguments are self.bidirectional, len(self.weight) and self.max_distance. Call it once, with a tensor of
     the queries + keys - 1 distances that occur. The result is [1, h, queries, keys].

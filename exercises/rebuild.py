@@ -233,32 +233,16 @@ def _(t5):
         "If these are not divided, the demo's loss at step 400 is 0.67 in place of 0.59 (one seed).",
     near={
         "Your columns are not divided by sqrt(d): multiply by `self.scale`.": (" * self.scale", ""),
-        "Your columns are divided by d. Divide them by sqrt(d).": ("* self.scale", "* self.scale**2"),
-        "The axes of slots and columns have changed places: [B, slots, columns, width].":
-            ("(kind.slots, kind.columns)", "(kind.columns, kind.slots)"),
-        "The columns of one slot are not neighbours in your Z: embeddings are listed slot by slot.":
-            ("(kind.slots, kind.columns))", "(kind.columns, kind.slots)).transpose(1, 2)"),
+        "Slots and columns have changed places.": ("(kind.slots, kind.columns)", "(kind.columns, kind.slots)"),
+        "Padding is read. Hand the mask to the attention.": ("attention_mask, rec", "attention_mask * 0 + 1, rec"),
+        "You add the embeddings to what the attention returns.": ("z = recomputable(", "z = z + recomputable("),
         "Nobody reads the instruction: Z is C itself.": ("if self.attention is None:", "if True:"),
-        "Padding is read. Hand the mask to the attention.":
-            ("states, attention_mask, recompute", "states, attention_mask * 0 + 1, recompute"),
         "All examples get the weights of the first instruction.":
             ("pieces = z.split", "pieces = z[:1].expand(len(states), -1, -1).split"),
-        "You add the embeddings to what the attention returns. There is no residual.":
-            ("z = recomputable(self.attention,", "z = z + recomputable(self.attention,"),
         "The embeddings of one kind are used for another: join and split in the same order.":
             ("for name in self.kinds]).unsq", "for name in reversed(self.kinds)]).unsq"),
-        "Without a reader, one set of columns is given for the batch. Expand it to all examples.":
-            ("z = z.expand(len(states), -1, -1)", "z = z"),
     },
-    also=[("hypernet.ColumnGenerator.weights", """
-        weights = {}
-        for name, kind in self.kinds.items():
-            z = self.embeddings[name][None].repeat(len(states), 1, 1)
-            if self.attention is not None:
-                z = self.attention(self.embeddings[name][None], states, attention_mask)
-            weights[name] = self.networks[name](z).reshape(len(states), *kind) * self.scale
-        return weights
-    """)],
+    also=[(".unflatten(1, (kind.slots, kind.columns))", ".reshape(len(states), *kind)")],
 )  # fmt: skip
 def columns(hint):
     """Generate all columns: embeddings C -> attention to the instruction -> Z -> a network for each kind of weight.
@@ -271,26 +255,25 @@ def columns(hint):
     states, mask = torch.randn(2, 5, 24), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     for reads in (True, False):
         generator = tiny_hint(hint, {"generator": "columns" if reads else "direct", "fusion": reads}).hypernetwork
-        attention, wanted = generator.attention, {}
+        found = generator.weights(states, mask)
         for name, kind in generator.kinds.items():
-            wanted[name] = torch.zeros(2, *kind)
+            wanted = torch.zeros(2, *kind)
             first, last = generator.networks[name][0].weight, generator.networks[name][-1].weight
             for b, slot, column in itertools.product(range(2), range(kind.slots), range(kind.columns)):
                 z = generator.embeddings[name][slot * kind.columns + column]
-                if reads:
-                    seen, heads = states[b, : int(mask[b].sum())], []
-                    for h in range(3):
-                        head = slice(10 * h, 10 * h + 10)
-                        scores = (seen @ attention.k.weight[head].T) @ (attention.q.weight[head] @ z)
-                        heads.append((seen @ attention.v.weight[head].T).T @ scores.softmax(0))
-                    z = attention.o.weight @ torch.cat(heads)
+                z = read_by_heads(generator.attention, z, states[b, : int(mask[b].sum())]) if reads else z
                 hidden = torch.nn.functional.gelu(first @ z, approximate="tanh")
-                wanted[name][b, slot, column] = last @ hidden / math.sqrt(24)
-        found = generator.weights(states, mask)
-        who = "columns for two instructions" if reads else "columns without a reader of the instruction"
-        yield f"{who}: names", sorted(found), sorted(wanted)
-        for name in wanted:
-            yield f"{who}: {name}", found[name], wanted[name].detach()
+                wanted[b, slot, column] = last @ hidden / math.sqrt(24)
+            yield f"columns of {name}, where C reads the instruction: {reads}", found.get(name), wanted.detach()
+
+
+def read_by_heads(reader, column, states):
+    """Let one column read the states of an instruction without padding, a head of 10 numbers at a time."""
+    heads = []
+    for head in (slice(0, 10), slice(10, 20), slice(20, 30)):
+        scores = (states @ reader.k.weight[head].T) @ (reader.q.weight[head] @ column)
+        heads.append((states @ reader.v.weight[head].T).T @ scores.softmax(0))
+    return reader.o.weight @ torch.cat(heads)
 
 
 @columns.facts
@@ -699,33 +682,15 @@ def _(t5):
         "`</s>` is left out. It is a token of the answer: it says that the answer ends there.":
             ("reduction=\"none\")", "reduction=\"none\") * (targets != EOS)"),
         "Your sign is wrong: log-probabilities are negative.": ("-F.cross_entropy", "F.cross_entropy"),
-        "Every answer gets the mean of the batch.": ("t5.T5.log_probabilities", """
-            logits, targets = self._target_logits(labels, sources, modules)
-            return -F.cross_entropy(logits.float(), targets).expand(len(labels))
-        """),
+        "Every answer gets the mean of the batch.": ("chosen).sum(1)", "chosen).sum(1) * 0 + chosen.mean()"),
         "Tokens of one answer are counted for another: you deal them out in order, as if no answer had padding.":
-            ("t5.T5.log_probabilities", """
-            logits, targets = self._target_logits(labels, sources, modules)
-            chosen = -F.cross_entropy(logits.float(), targets, reduction="none")
-            return F.pad(chosen, (0, labels.numel() - len(chosen))).view(labels.shape).sum(1)
-        """),
+            ("labels.to(chosen.device) != NO_LABEL", "torch.arange(labels.numel()).view_as(labels) < len(chosen)"),
         "You add up logits. A log-probability is the logit less log Z.":
             ("-F.cross_entropy(logits.float(), targets, reduction=\"none\")",
              "logits.float().gather(1, targets[:, None])[:, 0]"),
-        "You give probabilities. Give their logarithms.": ("chosen).sum(1)", "chosen).sum(1).exp()"),
-        "You compute in the type of the model. Compute in fp32.": ("logits.float()", "logits"),
-        "The modules are not used.": ("(labels, sources, modules)", "(labels, sources, None)"),
     },
-    also=[("t5.T5.log_probabilities", """
-        logits, targets = self._target_logits(labels, sources, modules)
-        logs = torch.log_softmax(logits.float(), dim=-1)
-        totals, next_token = [], 0
-        for row in labels:
-            length = int((row != NO_LABEL).sum())
-            totals.append(sum(logs[n, targets[n]] for n in range(next_token, next_token + length)))
-            next_token += length
-        return torch.stack(totals)
-    """)],
+    also=[('-F.cross_entropy(logits.float(), targets, reduction="none")',
+           "logits.float().log_softmax(-1)[torch.arange(len(targets)), targets]")],
 )  # fmt: skip
 def rank(t5):
     """Write the log-probability [B] of each answer of `labels` [B, T], padded with -100, in fp32.
@@ -736,20 +701,16 @@ def rank(t5):
     model = tiny_t5(t5)
     labels = torch.tensor([[5, 1, -100, -100], [6, 7, 8, 1], [9, 10, 1, -100]])
     sources = [model.read(torch.tensor([[11, 12, 13], [14, 15, 0], [16, 0, 0]]))]
-    prefix = t5.KeyValue(*torch.randn(2, 1, 3, 4, 10))
-    modules = t5.Modules((), tuple(t5.LayerModules(prefix=prefix) for _ in range(3)))
+    modules = t5.Modules((), 3 * (t5.LayerModules(prefix=t5.KeyValue(*torch.randn(2, 1, 3, 4, 10))),))
     for what, given in (("three answers", None), ("three answers, with generated modules", modules)):
-        wanted = []
+        wanted = torch.zeros(3)
         for row, answer in enumerate(labels.tolist()):
-            answer, own = [i for i in answer if i >= 0], [t5.Source(*(part[row : row + 1] for part in sources[0]))]
-            total = 0.0
-            for place, token in enumerate(answer):
+            own = [t5.Source(*(part[row : row + 1] for part in sources[0]))]
+            for place, token in enumerate([token for token in answer if token >= 0]):
                 states = model.decode(torch.tensor([[0, *answer[:place]]]), own, given)
-                total += math.log(model.logits(states)[0, -1].softmax(-1)[token].item())
-            wanted.append(total)
-        yield f"log-probabilities of {what}", model.log_probabilities(labels, sources, given), torch.tensor(wanted)
-    model.bfloat16()
-    sources = [t5.Source(sources[0].states.bfloat16(), sources[0].attention_mask)]
+                wanted[row] += math.log(model.logits(states)[0, -1].softmax(-1)[token].item())
+        yield f"log-probabilities of {what}", model.log_probabilities(labels, sources, given), wanted
+    sources = [model.bfloat16().read(torch.tensor([[11, 12, 13], [14, 15, 0], [16, 0, 0]]))]
     yield "their type, of a model in bf16", model.log_probabilities(labels, sources).dtype, torch.float32
 
 
@@ -969,30 +930,13 @@ def gradient_of(model):
         "All layers get the adapter of the first one.":
             ("self.layers.expand(batch, -1, -1)", "self.layers[:1].expand(batch, layers, -1)"),
         "Your linear layers are those of the other place.": ("place % len", "(place + 1) % len"),
-        "Both places use the first set of linear layers. Only Hyperformer++ shares it.":
-            ("self.heads[place % len(self.heads)]", "self.heads[0]"),
         "Both places have the embedding of the first one.": ("self.places[place]", "self.places[0]"),
-        "Task and layer have changed places in what you join: [task; layer; place].":
-            ("read = [task.unsqueeze(1).expand(-1, layers, -1), self.layers.expand(batch, -1, -1)]",
-             "read = [self.layers.expand(batch, -1, -1), task.unsqueeze(1).expand(-1, layers, -1)]"),
-        "The place comes first in what you join: [task; layer; place].": ("cat(read,", "cat(read[2:] + read[:2],"),
+        "Task and layer have changed places in what you join.": ("cat(read,", "cat([read[1], read[0], *read[2:]],"),
         "Scale and shift of the norm have changed places.": ("(*layer)", "(*layer[:4], layer[5], layer[4])"),
         "Your matrices are filled column by column. Fill them row by row.": ("(-1, shape)", "(-1, shape[::-1]).mT"),
-        "All examples get the adapters of the first task.":
-            ("task.unsqueeze(1).expand(-1, layers, -1)", "task[:1].unsqueeze(1).expand(batch, layers, -1)"),
-        "The adapters of the layers come in the opposite order.": ("zip(*parts)]", "zip(*parts)][::-1]"),
     },
-    also=[("hypernet.StackHypernetwork.adapters", """
-        adapters = []
-        for layer in self.layers:
-            read = [task, layer.expand(len(task), -1)]
-            if self.places is not None:
-                read.append(self.places[place].expand(len(task), -1))
-            z = self.join(torch.cat(read, dim=1))
-            heads = self.heads[place] if self.places is None else self.heads[0]
-            adapters.append(SerialAdapter(*(h(z).view(-1, *s) for h, s in zip(heads, self.shapes))))
-        return adapters
-    """)],
+    also=[("[place % len(self.heads)]", "[place if self.places is None else 0]",
+           ".unflatten(-1, shape).unbind(1)", ".view(batch, layers, *shape).transpose(0, 1)")],
 )  # fmt: skip
 def hyperformer(hypernet):
     """Generate the serial adapters of one place (0: after attention, 1: after feed-forward), one for each layer.
@@ -1004,21 +948,17 @@ def hyperformer(hypernet):
     task = torch.randn(2, hypernet.TASK)
     for shares in (False, True):
         stack = hypernet.StackHypernetwork(6, 4, 3, shares)
-        for head in stack.heads.modules():
-            if isinstance(head, torch.nn.Linear):
-                torch.nn.init.normal_(head.bias)
+        for weight in stack.heads.parameters():
+            torch.nn.init.normal_(weight)
         for place in (0, 1):
             adapters = stack.adapters(task, place)
             yield "number of adapters", len(adapters), 3
             for layer in range(3):
-                rows = [[*row, *stack.layers[layer].tolist()] for row in task.tolist()]
-                rows = [[*row, *stack.places[place].tolist()] for row in rows] if shares else rows
-                z, wanted = stack.join(torch.tensor(rows)), []
+                own = stack.layers[layer].tolist() + (stack.places[place].tolist() if shares else [])
+                z, wanted = stack.join(torch.tensor([[*row, *own] for row in task.tolist()])), []
                 for head, (height, width) in zip(stack.heads[0 if shares else place], stack.shapes):
-                    flat, part = z @ head.weight.T + head.bias, torch.zeros(2, height, width)
-                    for i, j in itertools.product(range(height), range(width)):
-                        part[:, i, j] = flat[:, width * i + j]
-                    wanted.append(part)
+                    flat = z @ head.weight.T + head.bias
+                    wanted.append(torch.stack([flat[:, width * i : width * i + width] for i in range(height)], 1))
                 form = "Hyperformer++" if shares else "Hyperformer"
                 yield f"{form}: place {place}, layer {layer}", adapters[layer], copied(wanted)
 
