@@ -772,7 +772,7 @@ def _(data):
 
 
 @exercise(
-    "rebuild", ["data.exact_match", "data.rouge_l", "data.score"], level=2, minutes=30, paper="HINT, table 1 (metrics)",
+    "rebuild", ["data.rouge_l"], level=2, minutes=20, paper="HINT, table 1 (metrics)",
     hint="A table of (len(a) + 1) x (len(b) + 1) numbers gives the longest common subsequence of a and b.",
     why="'the red cat sat' and 'the cat sat down' share 'the cat sat': 3 of the 4 words of each, a ROUGE-L of 75.",
     near={
@@ -781,36 +781,65 @@ def _(data):
         "Your ROUGE-L minds capital letters.": ('findall("[a-z0-9]+", text.lower())', 'findall("[A-Za-z0-9]+", text)'),
         "You keep accented letters. Words are of a-z and 0-9 alone.": ('"[a-z0-9]+"', r'r"\w+"'),
         "You give the recall alone. ROUGE-L is the F1.": ("2 * precision * recall / (precision + recall)", "recall"),
-        "You give the precision alone. ROUGE-L is the F1.":
-            ("return 2 * precision * recall / (precision + recall)", "return precision"),
+        "You give the precision alone, or take one length for both.": ("/ len(expected)", "/ len(predicted)"),
         "You count common words in any order. A subsequence keeps the order.":
             ("len(predicted) - row.bit_count()", "sum((Counter(predicted) & Counter(expected)).values())"),
-        "You average over references. Take the best one.":
-            ("best = [max(metric(text, wanted) for wanted in several)",
-             "best = [math.fsum(metric(text, wanted) for wanted in several) / len(several)"),
-        "You use one reference alone. An example may have several.":
-            ("best = [max(metric(text, wanted) for wanted in several)", "best = [metric(text, several[0])"),
+    },
+    also=[("common = len(predicted) - row.bit_count()", """
+    table = [[0] * (len(expected) + 1) for _ in range(len(predicted) + 1)]
+    for i, one in enumerate(predicted):
+        for j, two in enumerate(expected):
+            table[i + 1][j + 1] = table[i][j] + 1 if one == two else max(table[i][j + 1], table[i + 1][j])
+    common = table[-1][-1]""")],
+)  # fmt: skip
+def rouge(data):
+    """Write ROUGE-L of two texts, from 0 to 1, by the longest common subsequence of their words.
+
+    Lower case; words are runs of a-z and 0-9; words of more than three letters are stemmed by `_stem`. The result is
+    the F1 of precision (share of the prediction) and recall (share of the reference), and 0 where nothing is common.
+    """
+    for one, two, wanted in (
+        ("The red cat sat", "the cat sat down", 3 / 4), ("walking", "he walked", 2 / 3), ("his", "hi", 0.0),
+        ("a b c d e", "c", 1 / 3), ("cats", "cat", 1.0), ("", "word", 0.0), ("caf\u00e9 bar", "caf bar", 1.0),
+        ("d c b a", "a b c d", 1 / 4), ("Word word", "word", 2 / 3), ("p q a b c", "a x b x c p q", 1 / 2),
+    ):  # fmt: skip
+        yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
+    draw = random.Random(0)
+    for number in range(6):
+        texts = [[draw.choice("abcd") for _ in range(draw.randint(3, 9))] for _ in range(2)]
+        one, two = ({part for n in range(10) for part in itertools.combinations(words, n)} for words in texts)
+        wanted = 2 * max(map(len, one & two)) / sum(map(len, texts))  # of all subsequences the longest
+        yield f"rouge_l of random words, {number}", data.rouge_l(*map(" ".join, texts)), wanted
+
+
+@rouge.facts
+def _(data):
+    yield "ROUGE-L of the two sentences", 100 * data.rouge_l("the red cat sat", "the cat sat down"), "75"
+
+
+@exercise(
+    "rebuild", ["data.exact_match", "data.score"], level=1, minutes=10, paper="HINT, table 1 (metrics)",
+    hint="`str.translate` drops punctuation, `str.split` drops runs of spaces.",
+    why="Three examples of which one is right have an exact match of 33.3, the share in percent.",
+    near={
+        "You average over references. Take the best one.": ("max(metric", "1 / len(several) * sum(metric"),
+        "You use the first reference alone.": ("for wanted in several)", "for wanted in several[:1])"),
+        "Both metrics have one reference. Each takes its own best.": (
+            "max(metric(text, wanted) for wanted in several)",
+            "metric(text, max(several, key=lambda wanted: exact_match(text, wanted)))"),
         "Your scores run from 0 to 1. Give percent.": ("100 * math.fsum", "math.fsum"),
         "Your exact match minds capital letters.": ("text.lower().translate", "text.translate"),
         "Your exact match minds punctuation.": ('.translate(str.maketrans("", "", string.punctuation))', ""),
         "Your exact match minds runs of spaces.": ("[0].split() == texts[1].split", "[0].strip() == texts[1].strip"),
     },
-    also=[("data.rouge_l", """
-        one, two = ([_stem(w) if len(w) > 3 else w for w in re.findall("[a-z0-9]+", text.lower())]
-                    for text in (prediction, reference))
-        table = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
-        for i, first in enumerate(one):
-            for j, second in enumerate(two):
-                table[i + 1][j + 1] = table[i][j] + 1 if first == second else max(table[i][j + 1], table[i + 1][j])
-        return 2 * table[-1][-1] / max(len(one) + len(two), 1)
-    """)],
+    also=[('.translate(str.maketrans("", "", string.punctuation))', "",
+           "texts[0].split() == texts[1].split()",
+           "len({' '.join(''.join(c for c in t if c not in string.punctuation).split()) for t in texts}) == 1")],
 )  # fmt: skip
 def scoring(data):
-    """Write the two metrics of Super-NaturalInstructions, and their means over examples.
+    """Write exact match, and the means of both metrics of Super-NaturalInstructions over examples.
 
     `exact_match`: equal but for capital letters, ASCII punctuation and runs of spaces.
-    `rouge_l`: lower case; words are runs of a-z and 0-9; words of more than three letters are stemmed by `_stem`. Of
-    the longest common subsequence, precision (of the prediction) and recall (of the reference); their F1, from 0 to 1.
     `score`: {"exact_match": ..., "rougeL": ...} in percent; of several references the best, the mean over examples.
     No predictions, or fewer or more than lists of references, are a ValueError.
     """
@@ -819,27 +848,8 @@ def scoring(data):
         ("", "...", True), ("(a) b", "a b", True), ("ab", "a b", False),
     ):  # fmt: skip
         yield f"exact_match({one!r}, {two!r})", data.exact_match(one, two), wanted
-    for one, two, wanted in (
-        ("The red cat sat", "the cat sat down", 3 / 4), ("walking", "he walked", 2 / 3), ("his", "hi", 0.0),
-        ("a b c d e", "c", 1 / 3), ("cats", "cat", 1.0), ("", "word", 0.0),
-        ("caf\u00e9 bar", "caf bar", 1.0), ("d c b a", "a b c d", 1 / 4),
-        ("Word word", "word", 2 / 3), ("p q a b c", "a x b x c p q", 1 / 2),
-    ):  # fmt: skip
-        yield f"rouge_l({one!r}, {two!r})", data.rouge_l(one, two), wanted
-
-    def subsequences(words):
-        return {chosen for number in range(len(words) + 1) for chosen in itertools.combinations(words, number)}
-
-    draw = random.Random(0)
-    for number in range(6):
-        one, two = ([draw.choice("abcd") for _ in range(draw.randint(3, 9))] for _ in range(2))
-        common = max(len(words) for words in subsequences(one) & subsequences(two))
-        wanted = 2 * common / (len(one) + len(two))
-        yield f"rouge_l of random words, {number}", data.rouge_l(" ".join(one), " ".join(two)), wanted
     found = data.score(["the cat", "a b c d", "x"], [["a dog", "The cat!"], ["b d", "a c d e"], ["y"]])
-    yield "names of the scores", sorted(found), ("exact_match", "rougeL")
-    yield "exact match of three examples", found["exact_match"], 100 / 3
-    yield "ROUGE-L of three examples", found["rougeL"], 100 * (1 + 3 / 4 + 0) / 3
+    yield "scores of three examples", sorted(found.items()), [("exact_match", 100 / 3), ("rougeL", 175 / 3)]
     for predictions, references in ((["a", "b"], [["a"]]), ([], [])):
         try:
             found = data.score(predictions, references)
@@ -850,7 +860,7 @@ def scoring(data):
 
 @scoring.facts
 def _(data):
-    yield "ROUGE-L of the two sentences", 100 * data.rouge_l("the red cat sat", "the cat sat down"), "75"
+    yield "exact match of three, one right", data.score(["a", "b", "c"], [["a"], ["x"], ["y"]])["exact_match"], "33.3"
 
 
 @exercise(
