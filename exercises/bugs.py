@@ -1,5 +1,6 @@
 """Bugs: one line of the functions in your file is wrong. The task says what was noticed. Find it, and mend it."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -159,91 +160,57 @@ def _(hint):
     yield "first wrong token", (answers[0] != answers[1]).any(0).nonzero()[0].item() + 1, "token 2"
 
 
+# Parts of the prompts of the task in the next two checks, in 14, 13 and 6 tokens.
+FIRST = "Positive Example 1 - Input : pear oslo saw . Output : pear ."
+SECOND = "Positive Example 2 - Input : lemon . Output : lemon saw ."
+DEFINITION = "Definition : give the fruit ."
+
+
+def task_with_examples(data):
+    """Make the toy tokenizer, a task with two examples, and a function from instruction and input ids to words."""
+    tokenizer, examples = data.toy_tokenizer(), (data.Example("pear oslo saw", "pear"), data.Example("lemon", "lemon saw"))
+    task = data.Task("", "give the fruit.", examples, (data.Instance("", "plum paris judo golf", ("plum",)),))
+    return tokenizer, task, lambda pair: [" ".join(map(tokenizer.id_to_token, ids)) for ids in pair]
+
+
 @exercise(
-    "bug",
-    ["data.cut", "data.HINTFormat.instruction", "data.HINTFormat.instruction_ids", "data.TkInstructFormat.__call__"],
-    level=2, minutes=20, paper="HINT, section 4 (texts cut to 1,024 tokens; the authors' code has this bug)",
+    "bug", ["data.cut", "data.HINTFormat.instruction", "data.HINTFormat.instruction_ids"], level=2, minutes=15,
+    paper="HINT, section 4 (texts cut to 1,024 tokens; the authors' code has this bug)",
     bug=("[*ids[: max_length - 1], EOS]", "ids[:max_length]"),
     hint="What is the last token of every text that T5 has seen in its training?",
     why="T5 has learned that a text ends with </s>. Another word in its place moves the states of the other tokens by "
         "36 % of their size, in a fresh tiny T5.",
     near={
         "A text that is cut has one token too many.": ("[*ids[: max_length - 1], EOS]", "[*ids[:max_length], EOS]"),
-        "A text that is cut has one token too few.": ("[*ids[: max_length - 1], EOS]", "[*ids[: max_length - 2], EOS]"),
         "A text that fits has lost a token, or has two </s>.":
             ("ids if len(ids) <= max_length else [*ids[: max_length - 1], EOS]", "[*ids[: max_length - 1], EOS]"),
         "The beginning of the text is lost, not its end.": ("[*ids[: max_length - 1], EOS]", "ids[-max_length:]"),
-        "Tk-Instruct's query is lost: the instance and `Output:` at the end of the prompt.":
-            ("ids = self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids",
-             "ids = cut(self.tokenizer.encode(before + query).ids, self.max_input)"),
-        "Tk-Instruct's text before the query is lost where a part of it has room.":
-            ("self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids", "ids"),
-        "Tk-Instruct keeps the end of the text before the query. It keeps the beginning.":
-            ("encode(before).ids[:-1][: self.max_input - len(ids)]",
-             "encode(before).ids[:-1][len(self.tokenizer.encode(before).ids) - 1 - self.max_input + len(ids) :]"),
-        "`Output:` is lost where the query alone is too long.":
-            ("question[:-1][: self.max_input - len(output)] + output", "cut(question[:-1] + output, self.max_input)"),
-        "A </s> stands inside the prompt, before `Output:`.": ("question[:-1]", "question"),
-        "An example too many is in HINT's instruction, and the definition is cut.":
-            ("<= self.max_instruction", "<= self.max_instruction + 1"),
-        "An example that fits exactly is left out of HINT's instruction.":
-            ("<= self.max_instruction", "< self.max_instruction"),
-        "After an example that does not fit, HINT does not try the next one.":
-            ("                text = longer",
-             "                text = longer\n            else:\n                break"),
-        "HINT's examples stand behind the definition. They stand before it, the last one first.":
+        "An example too many is shown, and the definition is cut.": ("<= self.max_ins", "<= 1 + self.max_ins"),
+        "An example that fits exactly is left out.": ("<= self.max_ins", "< self.max_ins"),
+        "Examples stand after the definition. They stand before it.":
             ("_example(number, example) + text", "text + _example(number, example)"),
-        "HINT's instruction is not cut at all.":
-            ("cut(self.tokenizer.encode(self.instruction(task)).ids, self.max_instruction)",
-             "self.tokenizer.encode(self.instruction(task)).ids"),
     },
-    also=[("ids if len(ids) <= max_length else [*ids[: max_length - 1], EOS]",
-           "[*ids[:-1][: max_length - 1], ids[-1]]")],
+    also=[("[*ids[: max_length - 1], EOS]", "ids[: max_length - 1] + ids[-1:]")],
 )  # fmt: skip
 def unfinished(data):
     """A model gives poor answers to tasks with long texts only.
 
-    The ids of such texts do not end as those of short texts do. The four functions cut ids, write HINT's instruction,
-    and write Tk-Instruct's prompt, whose query must never be lost. One of them has a bug.
+    The ids of such texts do not end as those of short texts do. The functions cut ids, and write HINT's instruction.
     """
     for limit, wanted in ((6, [5, 6, 7, 8, 1]), (5, [5, 6, 7, 8, 1]), (4, [5, 6, 7, 1]), (2, [5, 1]), (1, [1])):
         yield f"five ids cut to {limit}", data.cut([5, 6, 7, 8, 1], limit), wanted
-    tokenizer = data.toy_tokenizer()
-    examples = data.Example("pear oslo saw", "pear"), data.Example("lemon", "lemon saw")
-    task = data.Task("", "give the fruit.", examples, (data.Instance("", "plum paris judo golf", ("plum",)),))
-
-    def words(ids):
-        return " ".join(tokenizer.id_to_token(number) for number in ids)
-
-    first = "Positive Example 1 - Input : pear oslo saw . Output : pear ."  # 14 tokens
-    second = "Positive Example 2 - Input : lemon . Output : lemon saw ."  # 13 tokens
-    definition = "Definition : give the fruit ."  # 6 tokens, and </s>
+    tokenizer, task, words = task_with_examples(data)
     for limit, wanted in (
-        (34, f"{second} {first} {definition} </s>"), (33, f"{first} {definition} </s>"),
-        (21, f"{first} {definition} </s>"), (20, f"{second} {definition} </s>"),
-        (7, f"{definition} </s>"), (5, "Definition : give the </s>"),
+        (34, f"{SECOND} {FIRST} {DEFINITION} </s>"), (33, f"{FIRST} {DEFINITION} </s>"), (7, f"{DEFINITION} </s>"),
+        (21, f"{FIRST} {DEFINITION} </s>"), (20, f"{SECOND} {DEFINITION} </s>"), (5, "Definition : give the </s>"),
     ):  # fmt: skip
-        found = data.HINTFormat(tokenizer, 2, limit)(task)
-        yield f"HINT's instruction with at most {limit} tokens", words(found[0][0]), wanted
-    found = data.HINTFormat(tokenizer, 0, 4, 3)(task)[0]
-    yield "a definition cut to 4 tokens", words(found[0]), "give the fruit </s>"
-    yield "an input cut to 3 tokens", words(found[1]), "plum paris </s>"
-    try:
-        found = data.HINTFormat(tokenizer, 2)(replace(task, prompted=True, examples=()))
-    except data.InputError:
-        found = "refused"
-    yield "two examples of a data set without examples", found, "refused"
-    found = data.HINTFormat(tokenizer, 2, 7)(replace(task, prompted=True))[0]
-    yield "a data set with examples that do not fit", words(found[0]), f"{definition} </s>"
-    query = "Now complete the following example - Input : plum paris judo golf ."  # 13 tokens
-    for limit, wanted in (
-        (49, f"{definition} {first} {second} {query} Output : </s>"),
-        (48, f"{definition} {first} {query} Output : </s>"),
-        (22, f"{definition} {query} Output : </s>"), (19, f"Definition : give {query} Output : </s>"),
-        (16, f"{query} Output : </s>"), (12, "Now complete the following example - Input : plum Output : </s>"),
-    ):  # fmt: skip
-        found = data.TkInstructFormat(tokenizer, 2, max_input=limit)(task)
-        yield f"Tk-Instruct's prompt with at most {limit} tokens", words(found[0][1]), wanted
+        found = words(data.HINTFormat(tokenizer, 2, limit, 3)(task)[0])
+        yield f"an instruction of at most {limit} tokens, an input of 3", found, [wanted, "plum paris </s>"]
+    yield "a definition cut to 4", words(data.HINTFormat(tokenizer, 0, 4)(task)[0])[0], "give the fruit </s>"
+    found = words(data.HINTFormat(tokenizer, 2, 7)(replace(task, prompted=True))[0])[0]
+    yield "a data set with examples that do not fit", found, f"{DEFINITION} </s>"
+    with suppress(data.InputError):
+        yield "no examples to show", data.HINTFormat(tokenizer, 2)(replace(task, prompted=True, examples=())), "refused"
 
 
 @unfinished.facts
@@ -254,6 +221,45 @@ def _(t5):
     states = model.read(F.pad(ids[:, :7], (0, 1), value=t5.EOS)).states[:, :7]
     moved = model.read(ids).states[:, :7] - states
     yield "how far the states move, percent", 100 * (moved.norm() / states.norm()).item(), "36 %"
+
+
+@exercise(
+    "bug", ["data.TkInstructFormat.prompt", "data.TkInstructFormat.__call__"], level=2, minutes=15,
+    paper="HINT, section 4 (texts cut to 1,024 tokens; the published code of Tk-Instruct has this bug)",
+    bug=("ids = self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids",
+         "ids = cut(self.tokenizer.encode(before + query).ids, self.max_input)"),
+    hint="Which part of the prompt can the model least do without, and where does it stand?",
+    why="Cut on the right, a long prompt first loses `Output:`, then the words of the instance: nothing is asked.",
+    near={
+        "The text before the query is lost where a part of it has room.":
+            ("self.tokenizer.encode(before).ids[:-1][: self.max_input - len(ids)] + ids", "ids"),
+        "You keep the end of the text before the query. Keep its beginning.":
+            ("encode(before).ids[:-1][: self.max_input - len(ids)]",
+             "encode(before).ids[:-1][len(self.tokenizer.encode(before).ids) - 1 - self.max_input + len(ids) :]"),
+        "`Output:` is lost where the query alone is too long.":
+            ("question[:-1][: self.max_input - len(output)] + output", "cut(question[:-1] + output, self.max_input)"),
+        "A </s> stands inside the prompt, before `Output:`.": ("question[:-1]", "question"),
+        "An example too many is shown, and the text before the query is cut.":
+            ("> self.max_input:\n                break", "> self.max_input + 1:\n                break"),
+    },
+)  # fmt: skip
+def lost_query(data):
+    """Tk-Instruct gives poor answers to tasks with long definitions only. Some answer no question at all.
+
+    Its prompt is the definition, examples, and the query: the instance and `Output:`. Examples that do not fit are left
+    out. Then the text before the query is cut at its end, and last of all the instance. One of the methods has a bug.
+    """
+    tokenizer, task, words = task_with_examples(data)
+    query = "Now complete the following example - Input : plum paris judo golf ."  # 13 tokens
+    for limit, wanted in (
+        (49, f"{DEFINITION} {FIRST} {SECOND} {query} Output : </s>"), (22, f"{DEFINITION} {query} Output : </s>"),
+        (48, f"{DEFINITION} {FIRST} {query} Output : </s>"), (19, f"Definition : give {query} Output : </s>"),
+        (16, f"{query} Output : </s>"), (12, "Now complete the following example - Input : plum Output : </s>"),
+    ):  # fmt: skip
+        found = words(data.TkInstructFormat(tokenizer, 2, max_input=limit)(task)[0])
+        yield f"a prompt of at most {limit} tokens", found, ["</s>", wanted]
+    with suppress(data.InputError):
+        yield "a data set of prompts", data.TkInstructFormat(tokenizer)(replace(task, prompted=True)), "refused"
 
 
 @exercise(
