@@ -32,22 +32,15 @@ def mean_and_error(cell):
     questions={
         "without_fusion": "Points of exact match on unseen compositions that are lost without fusion?",
         "without_modules": "Points of exact match on unseen compositions that are lost without modules?",
-        "early": "Points that no-modules is behind hint at step 400, on all unseen tasks? (negative if it is ahead)",
-        "seeds": "Largest standard deviation between seeds of these three rows, on unseen compositions, in points? (± "
-                 "times the root of the number of seeds)",
+        "early": "Points that no-modules is behind hint at step 500, on all unseen tasks? (negative if it is ahead)",
         "lower": "Which row is clearly lower than hint on unseen compositions: no-fusion, no-modules, both or neither?",
         "more": "Which of the two parts is clearly lost more: fusion, modules, or cannot tell?",
     },
     near={
-        "HINT without fusion still has modules that were written from the instruction: not all is lost.":
-            ("without_fusion", 100.0),
-        "Without fusion, modules of a few numbers must carry the whole instruction. This costs something.":
-            ("without_fusion", 0.0),
-        "HINT without modules still reads the instruction's states: not so much is lost.":
-            [("without_modules", 50.0), ("without_modules", 100.0)],
-        "At step 400, HINT itself has not learned so much.": ("early", 100.0),
-        "Seeds differ in first weights and in the order of examples, and early luck grows: look at the errors.":
-            ("seeds", 0.0),
+        "HINT without fusion still has modules that were written from the instruction.": ("without_fusion", 100.0),
+        "Modules of a few numbers must then carry the whole instruction.": ("without_fusion", 0.0),
+        "HINT without modules still reads the instruction's states.": ("without_modules", 100.0),
+        "At step 500, HINT itself has not learned so much.": ("early", 100.0),
         "The row without modules does not end clearly lower than the row without fusion.": ("more", "modules"),
     },
 )  # fmt: skip
@@ -55,29 +48,27 @@ def fusion_or_modules(runs):
     """HINT gives an instruction to T5 in two ways: as generated modules, and as states for the decoder (fusion).
 
     Train it without one, and without the other: python experiments/tables.py architecture. The machine needs 10 to 20
-    minutes on two cores, so start it before a break. The table is runs/tables/architecture.md. You need its rows
-    `hint`, `no-fusion` and `no-modules`. Scores are means of the seeds ± standard errors.
-    Call a difference clear if it is more than 4.3 of its standard errors with two seeds, or 2.8 with three (95 % of the
-    t distribution). If no difference is clear, the right answer is that these runs do not tell.
+    minutes on two cores. You need the rows `hint`, `no-fusion` and `no-modules` of runs/tables/architecture.md. Scores
+    are means of the seeds ± standard errors. Call a difference clear if it is more than 4.3 of its standard errors with
+    two seeds, or 2.8 with three. If no difference is clear, the right answer is that these runs do not tell.
     """
     rows, text = table(runs, "architecture")
-    counted = re.search(r"(\d+) seeds; ±", text)
-    if counted is None:
+    if (counted := re.search(r"(\d+) seeds; ±", text)) is None:
         raise NotYet("One seed has no error. Make the table with the two seeds that it has without --seeds.")
-    seeds, scores = int(counted.group(1)), {name: rows[name]["unseen compositions"] for name in rows}
-
-    def clearly_lower(one, other):
-        error = (scores[one][1] ** 2 + scores[other][1] ** 2) ** 0.5
-        return scores[other][0] - scores[one][0] > (4.3 if seeds == 2 else 2.8) * error
-
-    lower = [name for name in ("no-fusion", "no-modules") if clearly_lower(name, "hint")]
-    more = "modules" if clearly_lower("no-modules", "no-fusion") else "cannot tell"
-    yield "without_fusion", scores["hint"][0] - scores["no-fusion"][0], 2.0
-    yield "without_modules", scores["hint"][0] - scores["no-modules"][0], 2.0
-    yield "early", rows["hint"]["at step 400"][0] - rows["no-modules"]["at step 400"][0], 2.0
-    yield "seeds", max(scores[name][1] for name in ("hint", "no-fusion", "no-modules")) * seeds**0.5, 1.0
+    seeds = int(counted.group(1))
+    hint, fusion, modules = (rows[name]["unseen compositions"] for name in ("hint", "no-fusion", "no-modules"))
+    lower = [name for name, row in (("no-fusion", fusion), ("no-modules", modules)) if clearly_lower(row, hint, seeds)]
+    more = "modules" if clearly_lower(modules, fusion, seeds) else "cannot tell"
+    yield "without_fusion", hint[0] - fusion[0], 2.0
+    yield "without_modules", hint[0] - modules[0], 2.0
+    yield "early", rows["hint"]["at step 500"][0] - rows["no-modules"]["at step 500"][0], 2.0
     yield "lower", "both" if len(lower) == 2 else (*lower, "neither")[0], None
-    yield "more", "fusion" if clearly_lower("no-fusion", "no-modules") else more, None
+    yield "more", "fusion" if clearly_lower(fusion, modules, seeds) else more, None
+
+
+def clearly_lower(row, other, seeds):
+    """Tell whether a mean is lower than another by more than 95 % of the t distribution allows."""
+    return other[0] - row[0] > (4.3 if seeds == 2 else 2.8) * (row[1] ** 2 + other[1] ** 2) ** 0.5
 
 
 @exercise(

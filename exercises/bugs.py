@@ -160,15 +160,16 @@ def _(hint):
     yield "first wrong token", (answers[0] != answers[1]).any(0).nonzero()[0].item() + 1, "token 2"
 
 
-# Parts of the prompts of the task in the next two checks, in 14, 13 and 6 tokens.
-FIRST = "Positive Example 1 - Input : pear oslo saw . Output : pear ."
-SECOND = "Positive Example 2 - Input : lemon . Output : lemon saw ."
-DEFINITION = "Definition : give the fruit ."
+# Parts of the prompts in the next two checks.
+FIRST = "Positive Example 1 - Input : pear oslo saw . Output : pear ."  # 14 tokens
+SECOND = "Positive Example 2 - Input : lemon . Output : lemon saw ."  # 13 tokens
+DEFINITION = "Definition : give the fruit ."  # 6 tokens
 
 
 def task_with_examples(data):
     """Make the toy tokenizer, a task with two examples, and a function from instruction and input ids to words."""
-    tokenizer, examples = data.toy_tokenizer(), (data.Example("pear oslo saw", "pear"), data.Example("lemon", "lemon saw"))
+    tokenizer = data.toy_tokenizer()
+    examples = data.Example("pear oslo saw", "pear"), data.Example("lemon", "lemon saw")
     task = data.Task("", "give the fruit.", examples, (data.Instance("", "plum paris judo golf", ("plum",)),))
     return tokenizer, task, lambda pair: [" ".join(map(tokenizer.id_to_token, ids)) for ids in pair]
 
