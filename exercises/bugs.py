@@ -330,7 +330,7 @@ def _(data):
 def two_answers(t5):
     """A trained model gives two different answers to one question, although it is in eval mode.
 
-    One of the three functions has a bug. In training they must drop as before: weights after the softmax, hidden units.
+    One of the three functions has a bug. In training, weights after the softmax and hidden units must still be dropped.
     """
     config = t5.T5Config(d_model=24, d_kv=5, d_ff=24, num_heads=3, dropout_rate=0.25)
     x, layer = torch.randn(40, 50, 24), t5.FeedForward(config).eval().requires_grad_(False)

@@ -179,8 +179,8 @@ def spread(t5):
         for j in range(keys):
             bias[0, :, i, j] = self.weight[relative_position_bucket(j - (first_query + i), ...)]    # of all heads
 
-    The other arguments are self.bidirectional, len(self.weight) and self.max_distance. Call it once, with a tensor of
-    the queries + keys - 1 distances that occur. The result is [1, h, queries, keys].
+    The other arguments are self.bidirectional, len(self.weight) and self.max_distance. Call the function once, with a
+    tensor of the queries + keys - 1 distances that occur. The result is [1, h, queries, keys].
     """
     config = t5.T5Config(num_heads=3, relative_attention_num_buckets=8, relative_attention_max_distance=20)
     bucket_of, numbers = t5.relative_position_bucket, []

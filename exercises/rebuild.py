@@ -820,7 +820,8 @@ def _(data):
 @exercise(
     "rebuild", ["data.exact_match", "data.score"], level=1, minutes=10, paper="HINT, table 1 (metrics)",
     hint="`str.translate` drops punctuation, `str.split` drops runs of spaces.",
-    why="Three examples of which one is right have an exact match of 33.3, the share in percent.",
+    why="The check's three answers have an exact match of 33.3 and a ROUGE-L of 58.3: one counts answers that are half "
+        "right, the other does not.",
     near={
         "You average over references. Take the best one.": ("max(metric", "1 / len(several) * sum(metric"),
         "You use the first reference alone.": ("for wanted in several)", "for wanted in several[:1])"),
@@ -860,7 +861,9 @@ def scoring(data):
 
 @scoring.facts
 def _(data):
-    yield "exact match of three, one right", data.score(["a", "b", "c"], [["a"], ["x"], ["y"]])["exact_match"], "33.3"
+    found = data.score(["the cat", "a b c d", "x"], [["a dog", "The cat!"], ["b d", "a c d e"], ["y"]])
+    yield "exact match of three answers", found["exact_match"], "33.3"
+    yield "their ROUGE-L", found["rougeL"], "58.3"
 
 
 @exercise(
@@ -874,6 +877,7 @@ def _(data):
             ("share = counts * out.tokens / tokens", "share = counts * len(batch.labels) / len(examples)"),
         "Each part counts fully, so more parts give a larger gradient.": ("counts * out.tokens / tokens", "counts"),
         "The z-loss is left out: train on `loss`, report `cross_entropy`.": ("out.loss *", "out.cross_entropy *"),
+        "You report the loss with its z-loss. Report the cross-entropy.": ("cross_entropy.detach()", "loss.detach()"),
         "Your denominator counts the input's tokens too.":
             ("sum(len(example.target) for", "sum(len(example.target) + len(example.input) for"),
         "You report the last part alone.": ("total = total + out", "total = 0.0 + out"),
