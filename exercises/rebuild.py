@@ -230,7 +230,7 @@ def _(t5):
     paper="HINT, section 3.1.1 (parameter generators)",
     hint="Join the embeddings in the order of `self.kinds`, attend once, split in that order, then call the networks.",
     why="At T5 base 26,784 embeddings become as many columns. "
-        "If these are not divided, the demo's loss at step 400 is 0.67 in place of 0.59 (one seed).",
+        "The loss hardly shows if these are not divided: at step 400 of the demo it is 0.32, not 0.31 (one seed).",
     near={
         "Your columns are not divided by sqrt(d): multiply by `self.scale`.": (" * self.scale", ""),
         "Slots and columns have changed places.": ("(kind.slots, kind.columns)", "(kind.columns, kind.slots)"),
@@ -280,8 +280,8 @@ def read_by_heads(reader, column, states):
 def _(hint, runs):
     kinds = hint.on_meta(hint.T5Config(**BASE), hint.HINTConfig()).hypernetwork.kinds.values()
     yield "columns at base", sum(kind.slots * kind.columns for kind in kinds), "26,784"
-    yield "loss of the demo at step 400", last_loss(runs, "columns-own-400"), "0.59"
-    yield "the same, not divided by sqrt(d)", last_loss(runs, "columns-1-400"), "0.67"
+    yield "loss of the demo at step 400", last_loss(runs, "columns-own-400"), "0.31"
+    yield "the same, not divided by sqrt(d)", last_loss(runs, "columns-1-400"), "0.32"
 
 
 def last_loss(runs, name):
