@@ -111,8 +111,7 @@ CHANGES = {"reshaped": "hand-over", "divided": "attention", "undivided": "column
 @exercise(
     "ablate", [], level=2, minutes=40, paper="HINT, section 3.1.1; Raffel et al., section 2.1",
     hint="Compare the first and the last line of each run's log.jsonl, then the last lines of all runs.",
-    why="A falling loss proves little: the worst of these errors ends at 1.0 times the loss of the right code. So check "
-        "code.",
+    why="A falling loss proves little: the worst of these errors ends at 1.0 times the right code's loss. Check code.",
     questions={
         "falls": "In how many of the four runs is the last loss less than half of the first that is logged?",
         "twice": "How many of the three errors end with at least twice the loss of the right code?",
