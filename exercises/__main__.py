@@ -104,7 +104,7 @@ def run(exercise: Exercise, which: str = "", steps: str = "400") -> None:
 
 
 COMMANDS = {"start": start, "check": check, "judge": judge_here, "solution": solution, "run": run}
-COMMANDS["hint"] = lambda exercise: print(exercise.hint)
+COMMANDS["hint"], COUNTS = lambda exercise: print(exercise.hint), {"run": (1, 2, 3), "judge": (3,)}  # of words
 
 
 def main(command: str = "list", *words: str) -> None:
@@ -117,10 +117,10 @@ def main(command: str = "list", *words: str) -> None:
         show([exercises[name] for name in PATHS[words[0]].split()])
     elif command == "audit":
         sys.exit(audit_all(words))
-    elif words and words[0] in exercises and (command in ("run", "judge") or command in COMMANDS and not words[1:]):
+    elif words and words[0] in exercises and command in COMMANDS and len(words) in COUNTS.get(command, (1,)):
         COMMANDS[command](exercises[words[0]], *words[1:])
     else:
-        sys.exit(f"{__doc__}\nNAME is one of the list.")
+        sys.exit(f"{__doc__}\nNot understood: {' '.join((command, *words))}. NAME is one of the list.")
 
 
 if __name__ == "__main__":

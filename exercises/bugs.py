@@ -27,7 +27,10 @@ def with_the_bug(bug, module):
         "The decoder has lost the mask of the instruction's states: it reads their padding.":
             ("EncodedTask(modules, states, mask)", "EncodedTask(modules, states, torch.ones_like(mask))"),
         "Padding is only weighed less. Hide it.": ("* MASKED", "* -3"),
-        "You hide the tokens and show the padding.": ("== 0", "!= 0"),
+        "You hide the tokens and show the padding.":
+            [("== 0", "!= 0"), ("padding_bias(attention_mask)", "padding_bias(1 - attention_mask)")],
+        "The scores of your columns are divided by sqrt(k). As in T5, `scale=1.0` is right.":
+            ("dropout, scale=1.0)", "dropout)"),
         "Your mask has slipped by one place: the last token is hidden too.":
             ("padding_bias(attention_mask)", "padding_bias(attention_mask * attention_mask.roll(-1, 1))"),
         "Your mask has slipped by one place: one place of padding is seen.":

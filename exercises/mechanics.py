@@ -309,7 +309,7 @@ def stopped(error: BaseException, text: str) -> str:
 def diagnosed(exercise: Exercise, outcome: Outcome) -> list[str]:
     """Sentence of the near miss that agrees with an attempt for most cases, the first wrong one included."""
     others = [(observe(exercise, edited(exercise, edit)), text) for text, edit in exercise.near_misses]
-    near = [(agreement(outcome.cases, other.cases), text) for other, text in others]
+    near = [(agreement(outcome.cases, other.cases), text) for other, text in others if other.right == outcome.right]
     sentences = {text for length, text in near if length == max(near)[0] > outcome.right}
     return list(sentences) if len(sentences) == 1 else []
 

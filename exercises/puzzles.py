@@ -29,6 +29,8 @@ from small import tiny_hint
         "Your bias is negative, but it is not MASKED: scores may be larger.": ("* MASKED", "* -1e4"),
         "Your bias is huge and positive: padding gets all the weight.": ("* MASKED", "* -MASKED"),
         "Rows and keys have changed places.": ("(attention_mask == 0)", "(attention_mask.T == 0)"),
+        "A mask of integers is turned bit by bit: `~1` is -2, so your bias is positive.":
+            ("(attention_mask == 0)", "(~attention_mask)"),
     },
     also=[("(attention_mask == 0)[:, None, None, :] * MASKED",
            "torch.where(attention_mask.unsqueeze(1).unsqueeze(1) == 0, MASKED, 0.0)")],

@@ -26,6 +26,7 @@ BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_he
         "Your gelu is the exact one. T5 uses its tanh approximation.": ('(hidden, approximate="tanh")', "(hidden)"),
         "Your second bias is missing.": (" + self.up_bias", ""),
         "Your first bias is missing.": (" + self.down_bias", ""),
+        "Both biases are missing.": (" + self.down_bias", "", " + self.up_bias", ""),
         "All rows get the first adapter. In a mixed batch each task has its own.":
             ("x = u", "self = Adapter(*(part[:1] for part in self))\n        x = u"),
         "Rows get the adapters in turn. The rows of a task stand side by side.":
@@ -35,6 +36,7 @@ BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_he
              "return y.view(len(y), -1, *u.shape[1:]).transpose(0, 1).reshape(u.shape)"),
         "There is no activation between your two products, so that they are one product.":
             ('F.gelu(hidden, approximate="tanh")', "hidden"),
+        "You change u itself. The feed-forward layer beside the adapter reads u too.": ("return (", "return x.copy_("),
     },
     also=[("t5.Adapter.__call__", """
         down, down_bias, up, up_bias = (part.repeat_interleave(len(u) // len(part), 0) for part in self)
@@ -63,8 +65,10 @@ def adapter(t5):
                     gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
                     wanted[row, place] += gelu * up[b, j]
                 wanted[row, place] += up_bias[b, 0]
+        before = u.clone()
         found = t5.Adapter(down, down_bias, up, up_bias)(u)
         yield f"adapters of {batch} tasks for four rows", found, wanted
+        yield f"u after the call, adapters of {batch} tasks", u, before
 
 
 @adapter.facts
@@ -166,6 +170,11 @@ def _(t5):
         "The tokens are gone: only the prefix is left.": (".type_as(x), x]", ".type_as(x)]"),
         "The cross-prefix stands after the sources.":
             ("(*modules.cross_prefix, *projected)", "(*projected, *modules.cross_prefix)"),
+        "You join the cross-prefix to each source. Its pairs are parts of their own, in front of the sources.":
+            ("(*modules.cross_prefix, *projected)",
+             "tuple(modules.cross_prefix[0].before(pair) if modules.cross_prefix else pair for pair in projected)"),
+        "Your first item is the whole tuple of cross-prefixes. Each of its pairs is an item.":
+            ("(*modules.cross_prefix, *projected)", "(modules.cross_prefix, *projected)"),
         "The cross-prefix is missing.": ("(*modules.cross_prefix, *projected)", "tuple(projected)"),
         "The sources come in the wrong order.": ("for source in sources]", "for source in sources[::-1]]"),
         "The LoRA of the self-attention is used. The cross-attention has its own.": ("cross_lora", "lora"),
@@ -320,6 +329,17 @@ def last_loss(runs, name):
              "weights[\"prefix_key\"][layer], weights[\"prefix_value\"][layer]"),
         "LoRA is not divided by its rank: multiply W_up by `self.lora_scale`.":
             ("query_up * self.lora_scale", "query_up", "value_up * self.lora_scale", "value_up"),
+        "You take adapters by the number of the attention. They are numbered by layer.":
+            tuple(text for name in ("down", "down_bias", "up", "up_bias")
+                  for text in (f'"adapter_{name}"][layer]', f'"adapter_{name}"][attentions[0]]')),
+        "You multiply W_down of LoRA by `self.lora_scale`. Multiply W_up, and nothing else.":
+            [("query_down.mT, query_up * self", "query_down.mT * self.lora_scale, query_up * self",
+              "value_down.mT, value_up * self", "value_down.mT * self.lora_scale, value_up * self"),
+             ("query_down.mT, query_up * self", "query_down.mT * self.lora_scale, query_up + 0 * self",
+              "value_down.mT, value_up * self", "value_down.mT * self.lora_scale, value_up + 0 * self")],
+        "You change the generated columns themselves: who reads them next finds other numbers.":
+            ("query_up * self.lora_scale", "query_up.mul_(self.lora_scale)",
+             "value_up * self.lora_scale", "value_up.mul_(self.lora_scale)"),
         "LoRA of queries and of values have changed places.":
             ("query_down, query_up, value_down, value_up = ", "value_down, value_up, query_down, query_up = "),
         "There is no cross-prefix.": ("tuple(prefixes[1:])", "()"),
@@ -341,6 +361,7 @@ def hand_over(hint):
     generator, second = tiny_hint(hint).hypernetwork, tiny_hint(hint, {"modules": "lora"}).hypernetwork
     weights = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in generator.kinds.items()}
     loras = {name: torch.randn(8, 2, kind.columns, kind.width) for name, kind in second.kinds.items()}
+    before, divided = copied([*weights.values(), *loras.values()]), {name: loras[name] / 5 for name in loras}
 
     def turned(x):
         return torch.stack([x[:, column] for column in range(x.shape[1])], dim=2)
@@ -357,9 +378,11 @@ def hand_over(hint):
         yield f"prefixes of the cross-attention of {what}", found.cross_prefix, tuple(pairs[1:])
         found = second.layer(loras, layer, attentions)
         for slot, own in zip(attentions, (found.lora, found.cross_lora)):
-            parts = [loras[f"lora_{name}"][slot] for name in ("query_down", "query_up", "value_down", "value_up")]
-            yield f"LoRA {slot} of {what}", own, (turned(parts[0]), parts[1] / 5, turned(parts[2]), parts[3] / 5)
+            down, up = ([part[f"lora_{x}_{name}"][slot] for x in ("query", "value")]
+                        for name, part in (("down", loras), ("up", divided)))
+            yield f"LoRA {slot} of {what}", own, (turned(down[0]), up[0], turned(down[1]), up[1])
         yield f"LoRA alone in {what}: no adapter, no prefixes", found[:3], (None, None, ())
+    yield "columns after the calls", (*weights.values(), *loras.values()), before
     chosen = {name: weights[name] for name in ("prefix_key", "prefix_value")}
     found = generator.layer(chosen, 0, [0])
     yield "prefixes alone: no adapter, no LoRA", (found.adapter, found.lora), (None, None)
@@ -380,6 +403,9 @@ def _(runs):
         "instructions of 128 tokens, inputs of 64, answers of 16, two layers of base's width.",
     near={
         "The input is encoded without the generated modules.": ("attention_mask, task.modules", "attention_mask"),
+        "The input stands before the instruction in your list. The instruction comes first.":
+            ("[Source(task.states, task.attention_mask), source]",
+             "[source, Source(task.states, task.attention_mask)]"),
         "The decoder reads the input twice, and the instruction never.":
             ("[Source(task.states, task.attention_mask), source]", "[source, source]"),
         "The decoder does not read the instruction: there is no fusion.":
