@@ -284,8 +284,6 @@ def _(hint):
         "You give a share of 1. The answer is in percent.": ("exact_told", 1.0),
         "One in two would be a guess between two answers. There are far more answers than two.":
             [("exact_untold", 50.0), ("exact_untold", 25.0)],
-        "A word of the input is often a word of the answer, so a part of the words is right by chance.":
-            ("rouge_untold", 0.0),
         "So many words can be right only if the task is known.": [("rouge_untold", 50.0), ("rouge_untold", 90.0)],
     },
 )  # fmt: skip
@@ -302,7 +300,7 @@ def no_instruction(runs):
     untold = [scores[name] for name in scores if name.endswith(", no instruction")]
     yield "exact_told", scores["unseen compositions"]["exact_match"], 20
     yield "exact_untold", sum(score["exact_match"] for score in untold) / len(untold), 2
-    yield "rouge_untold", sum(score["rougeL"] for score in untold) / len(untold), 14  # one run has 2, another 15
+    yield "rouge_untold", sum(score["rougeL"] for score in untold) / len(untold), 10  # seeds have 2 to 11
 
 
 @no_instruction.facts
