@@ -27,6 +27,8 @@ BASE = dict(d_model=768, d_ff=2048, num_layers=12, num_decoder_layers=12, num_he
         "Both biases are missing.": (" + self.down_bias", "", " + self.up_bias", ""),
         "All rows get the first adapter. In a mixed batch each task has its own.":
             ("x = u", "self = Adapter(*(part[:1] for part in self))\n        x = u"),
+        "Rows get the adapters in turn. The rows of a task stand side by side.":
+            ("x = u", "self = Adapter(*(part.repeat(len(u) // len(part), 1, 1) for part in self))\n        x = u"),
         "There is no activation between your two products.": ('F.gelu(hidden, approximate="tanh")', "hidden"),
         "You change u itself. The feed-forward layer beside the adapter reads u too.": ("return (", "return x.copy_("),
     },
@@ -77,6 +79,8 @@ def _(hint):
             ("scores = scores + bias", "", "dropout(scores.softmax(dim=-1)", "dropout((scores.softmax(dim=-1) + bias)"),
         "You drop scores. Dropout is for the weights, after the softmax.":
             ("dropout(scores.softmax(dim=-1).type_as(query))", "dropout(scores).softmax(dim=-1).type_as(query)"),
+        "Dropout is not called.":
+            ("dropout(scores.softmax(dim=-1).type_as(query))", "scores.softmax(dim=-1).type_as(query)"),
         "The weights of one part meet the values of another.": ("zip(pieces, parts)", "zip(pieces, parts[::-1])"),
         "The prefix stands at the end of your bias. It is the first P keys.": ("(prefix, 0)", "(0, prefix)"),
         "Your prefix is hidden. Its bias is zero.": ("pad(bias, (prefix, 0))", "pad(bias, (prefix, 0), value=MASKED)"),
@@ -128,36 +132,17 @@ def _(t5):
     hint="A prefix stands in front. It is not projected: it is generated as keys and values.",
     why="With the first token's bias in place of zero, the encoded states of a tiny model move by 0.15 of their size.",
     near={
-        "Your prefix stands after the tokens. It stands before them.":
-            ("[p.expand(batch, -1, -1, -1).type_as(x), x]", "[x, p.expand(batch, -1, -1, -1).type_as(x)]"),
+        "Your prefix stands after the tokens. It stands before them.": (".type_as(x), x]", ".type_as(x), x][::-1]"),
         "Keys and values of the prefix have changed places.": ("zip(self, new)", "zip(self[::-1], new)"),
-        "Only the keys got a prefix. The values need one too.":
-            ("t5.KeyValue.before",
-             "key = torch.cat([self.key.expand(len(new.key), -1, -1, -1).type_as(new.key), new.key], dim=2)\n"
-             "return KeyValue(key, new.value)"),
+        "Only the keys get a prefix. The values need one too.": ("zip(self, new)))", "zip(self[:1], new)), new.value)"),
         "Every row gets the prefix of the first row.": ("p.expand(batch", "p[:1].expand(batch"),
-        "The type changes: the result has the type of the tokens' keys and values.": (".type_as(x), x", ", x"),
-        "The tokens are gone: only the prefix is left.": (".type_as(x), x]", ".type_as(x)]"),
-        "The cross-prefix stands after the sources.":
-            ("(*modules.cross_prefix, *projected)", "(*projected, *modules.cross_prefix)"),
+        "Your cross-prefix comes last.": ("*modules.cross_prefix, *projected", "*projected, *modules.cross_prefix"),
         "You join the cross-prefix to each source. Its pairs are parts of their own, in front of the sources.":
-            ("(*modules.cross_prefix, *projected)",
-             "tuple(modules.cross_prefix[0].before(pair) if modules.cross_prefix else pair for pair in projected)"),
-        "Your first item is the whole tuple of cross-prefixes. Each of its pairs is an item.":
-            ("(*modules.cross_prefix, *projected)", "(modules.cross_prefix, *projected)"),
-        "The cross-prefix is missing.": ("(*modules.cross_prefix, *projected)", "tuple(projected)"),
-        "The sources come in the wrong order.": ("for source in sources]", "for source in sources[::-1]]"),
-        "The LoRA of the self-attention is used. The cross-attention has its own.": ("cross_lora", "lora"),
-        "The LoRA of the cross-attention is not used.": (", modules.cross_lora", ""),
-        "The self-attention projects the sources. The cross-attention has weights of its own.":
-            ("self.cross_attention.project", "self.self_attention.project"),
+            ("*modules.cross_prefix, *projected", "*(modules.cross_prefix[0].before(pair) for pair in projected),"),
+        "Your first item is the tuple of cross-prefixes. Each of its pairs is an item.": ("(*modules", "(modules"),
     },
-    also=[("t5.KeyValue.before", """
-        def join(prefix, tokens):
-            rows = [torch.cat([prefix[b % len(prefix)].to(tokens.dtype), row], dim=1) for b, row in enumerate(tokens)]
-            return torch.stack(rows)
-        return KeyValue(join(self.key, new.key), join(self.value, new.value))
-    """)],
+    also=[("torch.cat([p.expand(batch, -1, -1, -1).type_as(x), x], dim=2)",
+           "torch.cat([p.to(x.dtype).repeat(batch // len(p), 1, 1, 1), x], dim=-2)")],
 )  # fmt: skip
 def prefix(t5):
     """Put a generated prefix in front of the keys and values of tokens, and list what a cross-attention reads.
@@ -169,24 +154,26 @@ def prefix(t5):
     for batch, dtype in ((3, torch.float32), (1, torch.float32), (3, torch.bfloat16)):
         own, new = torch.randn(2, batch, 2, 4, 5), torch.randn(2, 3, 2, 4, 5).to(dtype)
         wanted = torch.zeros(2, 3, 2, 8, 5, dtype=dtype)
-        for i, row, place in itertools.product(range(2), range(3), range(4)):
-            wanted[i, row, :, place] = own[i, row if batch == 3 else 0, :, place]
-            wanted[i, row, :, 4 + place] = new[i, row, :, place]
+        for row, place in itertools.product(range(3), range(4)):
+            wanted[:, row, :, place] = own[:, row % batch, :, place]
+            wanted[:, row, :, 4 + place] = new[:, row, :, place]
         found = t5.KeyValue(*own).before(t5.KeyValue(*new))
-        what = f"a prefix of batch {batch} before three rows of {str(dtype).removeprefix('torch.')}"
-        yield what, (found.key, found.value), tuple(wanted)
+        yield f"a prefix of batch {batch} before three rows of {dtype}", (found.key, found.value), tuple(wanted)
     block = tiny_t5(t5).decoder.blocks[1]
     lora, other = (t5.LoRA(*(torch.randn(1, *shape) for shape in 2 * [(24, 2), (2, 30)])) for _ in range(2))
     sources = [t5.Source(torch.randn(1, length, 24), torch.ones(1, length)) for length in (3, 2)]
     pairs = (t5.KeyValue(*torch.randn(2, 1, 3, 6, 10)),)
-    wanted = []
-    for states, _ in sources:
-        key = states[0] @ block.cross_attention.k.weight.T
-        value = states[0] @ block.cross_attention.v.weight.T + states[0] @ lora.value_down[0] @ lora.value_up[0]
-        wanted.append([torch.stack([x[:, 10 * h : 10 * h + 10] for h in range(3)])[None] for x in (key, value)])
+    wanted = [*pairs, *(projected_by_hand(block.cross_attention, states[0], lora) for states, _ in sources)]
     found = block.read(sources, t5.LayerModules(cross_prefix=pairs, cross_lora=lora, lora=other))
-    yield "what a cross-attention reads", found, copied([*pairs, *wanted])
+    yield "what a cross-attention reads", found, copied(wanted)
     yield "the same without modules", len(block.read(sources, t5.LayerModules())), 2
+
+
+def projected_by_hand(attention, states, lora):
+    """Keys and values of one row of states, a head of 10 numbers at a time. LoRA changes the values, not the keys."""
+    key = states @ attention.k.weight.T
+    value = states @ attention.v.weight.T + states @ lora.value_down[0] @ lora.value_up[0]
+    return [torch.stack([x[:, 10 * h : 10 * h + 10] for h in range(3)])[None] for x in (key, value)]
 
 
 @prefix.facts
@@ -341,8 +328,9 @@ def _(runs):
 @exercise(
     "rebuild", ["hint.HINT.fuse"], level=1, minutes=10, paper="HINT, section 3.1 (instruction fusion)",
     hint="A list of two sources: `Source(task.states, task.attention_mask)`, and what `self.t5.read` returns.",
-    why="The paper joins both to one source; answers are the same. Each of 16 inputs then projects it anew, "
-        "for 1.2 times the FLOPs (instruction of 128 tokens, inputs of 64, answers of 16, two layers of base's width).",
+    why="Joined to one source, as in the paper, the answers are the same. But 16 inputs then project the same "
+        "instruction 16 times, for 1.2 times the FLOPs: instructions of 128 tokens, inputs of 64, answers of 16, two "
+        "layers of base's width.",
     near={
         "The input is encoded without the generated modules.": ("attention_mask, task.modules", "attention_mask"),
         "The input stands before the instruction in your list. The instruction comes first.":
