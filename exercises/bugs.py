@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mechanics import edited, exercise, load
+from rebuild import read_by_heads
 from small import tiny_hint
 
 
@@ -24,25 +25,15 @@ def with_the_bug(bug, module):
     near={
         "T5's encoder sees the padding of the instruction now.":
             ("read)(instruction_ids, attention_mask)", "read)(instruction_ids, torch.ones_like(instruction_ids))"),
-        "The decoder has lost the mask of the instruction's states: it reads their padding.":
-            ("EncodedTask(modules, states, mask)", "EncodedTask(modules, states, torch.ones_like(mask))"),
+        "The decoder reads the instruction's padding now.": ("modules, states, mask)", "modules, states, mask | 1)"),
         "Padding is only weighed less. Hide it.": ("* MASKED", "* -3"),
         "You hide the tokens and show the padding.":
             [("== 0", "!= 0"), ("padding_bias(attention_mask)", "padding_bias(1 - attention_mask)")],
-        "The scores of your columns are divided by sqrt(k). As in T5, `scale=1.0` is right.":
-            ("dropout, scale=1.0)", "dropout)"),
         "Your mask has slipped by one place: the last token is hidden too.":
             ("padding_bias(attention_mask)", "padding_bias(attention_mask * attention_mask.roll(-1, 1))"),
-        "Your mask has slipped by one place: one place of padding is seen.":
-            ("padding_bias(attention_mask)", "padding_bias(attention_mask.roll(1, 1))"),
-        "You set states of padding to zero. Their keys still get weight in the softmax.":
-            ("self.project(states)", "self.project(states * attention_mask.unsqueeze(-1))",
-             "padding_bias(attention_mask)", "padding_bias(torch.ones_like(attention_mask))"),
-        "The states that HINT keeps have lost their last place.":
-            ("EncodedTask(modules, states, mask)", "EncodedTask(modules, states[:, :-1], mask[:, :-1])"),
+        "The scores of your columns are divided by sqrt(k). As in T5, `scale=1.0` is right.": (", scale=1.0", ""),
     },
-    also=[("padding_bias(attention_mask)",
-           "padding_bias(attention_mask).masked_fill(attention_mask[:, None, None] > 0, 0.0)")],
+    also=[("padding_bias(attention_mask)", "padding_bias(attention_mask > 0)")],
 )  # fmt: skip
 def another_task_in_each_batch(t5, hypernet, hint):
     """An answer of HINT depends on the batch that its example is in. It should not.
@@ -50,28 +41,21 @@ def another_task_in_each_batch(t5, hypernet, hint):
     In the check, an example has a loss of 4.36 when it stands alone, and of 4.21 beside a longer instruction. The
     three functions encode an instruction, let the generator read it, and hide padding. One of them has a bug.
     """
-    short, long = [5, 9, 7, 4, 1], [6, 3, 8, 8, 2, 11, 15, 13, 1]
-    padded = torch.tensor([short + [0] * 4, long])
+    padded = torch.tensor([[5, 9, 7, 4, 1, 0, 0, 0, 0], [6, 3, 8, 8, 2, 11, 15, 13, 1]])
     inputs, labels = torch.tensor([[7, 12, 1], [9, 1, 0]]), torch.tensor([[8, 5, 1], [6, 1, -100]])
     columns = torch.randn(1, 6, 24)
     for fusion in (True, False):
         model, where = tiny_hint(hint, config={"fusion": fusion}).requires_grad_(False), f"fusion {fusion}"
-        reader, states = model.hypernetwork.attention, model.t5.read(torch.tensor([short])).states
-        query, key, value = (layer(x)[0] for layer, x in ((reader.q, columns), (reader.k, states), (reader.v, states)))
-        pieces = zip(query.split(10, -1), key.split(10, -1), value.split(10, -1))  # of each head
-        wanted = reader.o(torch.cat([(q @ k.T).softmax(-1) @ v for q, k, v in pieces], -1))[None]
+        reader, states = model.hypernetwork.attention, model.t5.read(padded[:1, :5]).states
+        wanted = torch.stack([read_by_heads(reader, column, states[0]) for column in columns[0]])[None]
         yield f"what the columns read of 5 tokens, {where}", reader(columns, states, torch.ones(1, 5)), wanted
-        beside, alone = (model.encode_instruction(ids) for ids in (padded, torch.tensor([short])))
-        found, wanted = (task.modules.encoder[0].adapter.down[:1] for task in (beside, alone))
-        yield f"W_down of the first layer beside a longer instruction, {where}", found, wanted
+        beside, alone = (model.encode_instruction(ids) for ids in (padded, padded[:1, :5]))
         yield f"mask that is kept, {where}", beside.attention_mask, (padded != 0).long()[:, : 9 * fusion]
         yield f"states that are kept, {where}", alone.states, states[:, : 5 * fusion]
-        for row, ids in enumerate((short, long)):
-            example = inputs[row : row + 1], labels[row : row + 1]
-            one = model(torch.tensor([ids]), *example)
+        for row, (ids, *example) in enumerate(zip((padded[:1, :5], padded[1:]), inputs.split(1), labels.split(1))):
             task = hint.select_rows(beside, torch.tensor([row]))
-            loss = model.t5.loss(example[1], model.fuse(task, example[0]), task.modules)
-            yield f"loss of example {row + 1} beside another, {where}", loss.loss, one.loss
+            loss = model.t5.loss(example[1], model.fuse(task, example[0]), task.modules).loss
+            yield f"loss of example {row + 1} beside another, {where}", loss, model(ids, *example).loss
 
 
 @another_task_in_each_batch.facts

@@ -27,8 +27,6 @@ from small import tiny_hint
         "The scores of padding go down by 1 only. Multiply by MASKED.": ("* MASKED", "* -1.0"),
         "Padding gets 1 and tokens 0, so that padding is preferred. Multiply by MASKED.": ("* MASKED", "* 1.0"),
         "Your bias is negative, but it is not MASKED: scores may be larger.": ("* MASKED", "* -1e4"),
-        "Your bias is huge and positive: padding gets all the weight.": ("* MASKED", "* -MASKED"),
-        "Rows and keys have changed places.": ("(attention_mask == 0)", "(attention_mask.T == 0)"),
         "A mask of integers is turned bit by bit: `~1` is -2, so your bias is positive.":
             ("(attention_mask == 0)", "(~attention_mask)"),
     },
