@@ -49,16 +49,16 @@ def fusion_or_modules(runs):
     """HINT gives an instruction to T5 in two ways: as generated modules, and as states for the decoder (fusion).
 
     Train it without one, and without the other: python experiments/tables.py architecture. The machine needs 10 to 20
-    minutes on two cores. You need the rows `hint`, `no-fusion` and `no-modules` of runs/tables/architecture.md. Scores
-    are means of the seeds ± standard errors. Call a difference clear if it is more than 4.3 of its standard errors with
-    two seeds, or 2.8 with three. If no difference is clear, the right answer is that these runs do not tell.
+    minutes on two cores. You need the rows `hint`, `no-fusion` and `no-modules` of runs/tables/architecture.md. Call a
+    difference clear if it is more than 4.3 of its standard errors with two seeds, or 2.8 with three.
     """
     rows, text = table(runs, "architecture")
     if (seeds := re.search(r"(\d+) seeds; ±", text)) is None:
         raise NotYet("One seed has no error. Make the table with the two seeds that it has without --seeds.")
     hint, fusion, modules = (rows[name]["unseen compositions"] for name in ("hint", "no-fusion", "no-modules"))
-    lower = [name for name, row in (("no-fusion", fusion), ("no-modules", modules)) if clearly_lower(row, hint, seeds[1])]
-    early = [rows["hint"]["at step 400"][0] - rows[name]["at step 400"][0] for name in ("no-fusion", "no-modules")]
+    parts = {"no-fusion": fusion, "no-modules": modules}
+    lower = [name for name, row in parts.items() if clearly_lower(row, hint, seeds[1])]
+    early = [rows["hint"]["at step 400"][0] - rows[name]["at step 400"][0] for name in parts]
     yield "without_fusion", hint[0] - fusion[0], 5.0
     yield "without_modules", hint[0] - modules[0], 5.0
     yield "early_fusion", early[0], 10.0
