@@ -74,8 +74,8 @@ class HINT(nn.Module):
     def forward(self, instruction_ids: Tensor, input_ids: Tensor, labels: Tensor) -> Loss:
         """Instructions [B, Li], inputs [B, S] and labels [B, T] of a mixed-task batch -> its loss (section 3.3).
 
-        Each distinct instruction is encoded once; the paper encodes it for each example. Without dropout the gradient is
-        the same. Tasks with equally many examples share one product of adapters. Ids may stay on the CPU: no GPU waits.
+        Each distinct instruction is encoded once; the paper encodes it for each example. Without dropout the gradient
+        is the same. Tasks with equally many examples share one product of adapters. Ids may stay on the CPU.
         """
         distinct, task_of, counts = torch.unique(instruction_ids, dim=0, return_inverse=True, return_counts=True)
         task = self.encode_instruction(distinct)  # distinct [U, Li], task_of [B], counts [U]
